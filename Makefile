@@ -1,0 +1,72 @@
+# The workshop's commands. Everything else needs only `make lab`.
+# Needs: Python 3.11 to 3.13, make, and a package registry that can be reached.
+
+PY := .venv/bin/python
+
+# A Python counts only if it runs and is in range: name yours with make PYTHON=/path/to/python3.13
+CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab run test test-fast notebooks solutions bench doctor lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make .venv and install the pinned packages (seconds when nothing has changed)
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
+	    exec "$$python" -I bootstrap.py; \
+	  fi; \
+	done; \
+	echo "setup: no Python 3.11 to 3.13 that runs (tried: $(CANDIDATES)). Install one, or name yours: make PYTHON=/path/to/python3.13 $(or $(MAKECMDGOALS),setup)" >&2; \
+	exit 1
+
+# Loopback only, with its token; nothing is asked of the outside (updates, news, the extension list).
+LAB_OPTIONS := --ServerApp.ip=127.0.0.1 \
+  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+  --LabApp.news_url=None --LabApp.extension_manager=readonly
+
+lab: setup  ## a quick check of this machine, then JupyterLab on the first notebook
+	@$(PY) -m workshop_utils doctor --quick || \
+	  echo "The lab opens all the same; notebook 00 shows these checks again."
+	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_OPTIONS) \
+	  $$([ "$$(id -u)" = 0 ] && echo --allow-root)
+
+run: setup  ## the whole series headless; the report is build/run/index.html
+	@$(PY) notebooks/run_all.py
+
+test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
+	@$(PY) -m pytest tests
+
+test-fast: setup lint  ## the checks that run no notebook and no browser (under 4 minutes)
+	@$(PY) -m pytest tests -m "not notebooks and not browser and not slow"
+
+.PHONY: lint
+lint: setup
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet . || \
+	  { echo "lint: run .venv/bin/ruff check --fix . && .venv/bin/ruff format ." >&2; exit 1; }
+	@$(PY) notebooks/build.py --check
+
+notebooks: setup  ## build the learner and instructor versions from notebooks/src
+	@$(PY) notebooks/build.py
+
+solutions: setup  ## execute the solution versions and keep their outputs
+	@$(PY) notebooks/build.py --solutions
+
+bench: setup  ## measure our collectives beside gloo's and write the tables to benchmarks/
+	@for script in benchmarks/*.py; do $(PY) "$$script" || exit 1; done
+
+doctor: setup  ## is this machine ready? Every failing line names its cure
+	@$(PY) -m workshop_utils doctor
+
+lock: setup  ## resolve requirements.lock anew (no addresses; CUDA packages come with torch where needed)
+	@mkdir -p build
+	@$(PY) -m uv pip compile pyproject.toml --extra lab --extra dev --universal --python-version 3.11 \
+	  --no-header --no-annotate --no-emit-index-url --quiet --output-file build/requirements.all
+	@{ echo "# Written by \`make lock\`: Python 3.11 to 3.13, any system. Without the CUDA packages: torch brings its own."; \
+	  grep -vE '^(nvidia-|cuda-|triton)' build/requirements.all; } > requirements.lock
+	@rm build/requirements.all
+
+clean:  ## remove .venv, build/ and caches (downloaded packages stay in uv's cache)
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache notebooks/instructor
+	find . -name __pycache__ -prune -exec rm -rf {} +
