@@ -51,7 +51,7 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 	@$(PY) notebooks/build.py
 
 solutions: setup  ## execute the solution versions and keep their outputs
-	@$(PY) notebooks/build.py --solutions
+	@$(PY) notebooks/build.py --execute
 
 bench: setup  ## measure our collectives beside gloo's and write the tables to benchmarks/
 	@for script in benchmarks/*.py; do $(PY) "$$script" || exit 1; done

@@ -245,8 +245,8 @@ def main():
     env = registry()
     backend, is_cuda = torch_backend(uv, env)
     check_disk(CUDA_INSTALL_GB if is_cuda else CPU_INSTALL_GB)
-    size = "about 6 GB, CUDA included" if is_cuda else "about 1.3 GB"
-    print(f"setup: installing the pinned packages ({size} when unpacked)", flush=True)
+    size = "about 6 GB unpacked, CUDA included" if is_cuda else "about 1.3 GB unpacked"
+    print(f"setup: installing the pinned packages ({size})", flush=True)
     install(uv, env, backend)
     STAMP.write_text(fingerprint())
     print(f"setup: ready after {time.monotonic() - start_s:.0f} s")
