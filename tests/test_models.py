@@ -1,0 +1,21 @@
+"""The networks: sizes that the notebooks quote."""
+
+import torch
+
+from workshop_utils.models import MLP
+
+
+def test_mlp_has_the_papers_number_of_parameters():
+    assert sum(p.numel() for p in MLP().parameters()) == 199_210
+    assert sum(p.numel() for p in MLP(hidden=400).parameters()) == 478_410
+
+
+def test_mlp_gives_a_score_per_class_and_image():
+    scores = MLP()(torch.rand(7, 784))
+    assert scores.shape == (7, 10)
+    assert (scores < 0).any()  # logits, no ReLU and no softmax at the end
+
+
+def test_mlp_layers_are_named_in_forward_order():
+    names = [name for name, _ in MLP().named_parameters()]
+    assert names == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "fc3.weight", "fc3.bias"]
