@@ -1,0 +1,38 @@
+"""Helpers for the workshop's notebooks. Each module teaches, or serves, one idea.
+
+The names below are what a notebook's first cell imports. They are loaded on first use, so that a rank,
+which needs few of them, starts quickly.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "check": "learning",
+    "compare_guess": "learning",
+    "guess": "learning",
+    "hint": "learning",
+    "mine": "learning",
+    "progress": "learning",
+    "solution": "learning",
+    "RankError": "ranks",
+    "current_ranks": "ranks",
+    "start_ranks": "ranks",
+    "sub_world": "rank_process",
+    "use_style": "plotting",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'workshop_utils' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"workshop_utils.{_HOME[name]}"), name)
+
+
+def load_ipython_extension(shell) -> None:
+    """`%load_ext workshop_utils` makes `%%ranks` known, as `start_ranks` does."""
+    from workshop_utils.ranks import register_magic
+
+    register_magic(shell)
