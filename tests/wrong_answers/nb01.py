@@ -85,9 +85,9 @@ def climbs(model, optimizer, images, labels):
     return loss
 
 
-def swaps_the_arguments(model, optimizer, images, labels):
+def transposes_the_images(model, optimizer, images, labels):
     optimizer.zero_grad()
-    loss = F.cross_entropy(labels, model(images))
+    loss = F.cross_entropy(model(images.T), labels)
     loss.backward()
     optimizer.step()
     return loss
@@ -364,7 +364,7 @@ WRONG = {
         (returns_nothing, r"step 1: the loss you returned is None, expected the number"),
         (returns_the_later_loss, r"step 1: the loss you returned is .*, the loss after the update; expected"),
         (climbs, r"step 1 moved up the gradient"),
-        (swaps_the_arguments, r"raised RuntimeError"),
+        (transposes_the_images, r"raised RuntimeError"),
     ],
     "1.2": [
         (
