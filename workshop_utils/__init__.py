@@ -19,10 +19,9 @@ _HOME = {
     "RankError": "ranks",
     "current_ranks": "ranks",
     "start_ranks": "ranks",
-    "sub_world": "rank_process",
+    "sub_world": "ranks",
     "use_style": "plotting",
 }
-__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
@@ -31,8 +30,12 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f"workshop_utils.{_HOME[name]}"), name)
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
 def load_ipython_extension(shell) -> None:
     """`%load_ext workshop_utils` makes `%%ranks` known, as `start_ranks` does."""
-    from workshop_utils.ranks import register_magic
+    from workshop_utils.ranks.magic import register_magic
 
     register_magic(shell)

@@ -1,9 +1,4 @@
-"""Live ranks: `start_ranks(4)`, then cells that begin with `%%ranks` run on four real processes.
-
-Introduced in notebook 00, used in every later one. A rank is a Jupyter kernel with a live gloo group, so its
-variables stay between cells. `cell_run.py` follows one cell to its end, `rank_kernel.py` is one rank seen from
-here, `rank_process.py` is what runs inside it, `rank_magic.py` is `%%ranks`.
-"""
+"""Start, stop, restart and run a set of ranks: what the notebook holds in its variable `ranks`."""
 
 import atexit
 import os
@@ -11,17 +6,14 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import cloudpickle
 
-from workshop_utils import rank_process
-from workshop_utils.cell_run import CellRun, RankError
-from workshop_utils.rank_display import Live, show_footer, show_outputs
-from workshop_utils.rank_kernel import RankKernel
-from workshop_utils.rank_process import sub_world
-
-__all__ = ["RankError", "Ranks", "current_ranks", "start_ranks", "sub_world"]
+from workshop_utils.ranks.cell_run import CellRun
+from workshop_utils.ranks.display import Live, show_footer, show_outputs
+from workshop_utils.ranks.errors import RankError
+from workshop_utils.ranks.kernel import RankKernel
 
 START_S = 120.0  # a slow disk can make the first import of torch take a minute
 JOIN_S = 30.0
@@ -45,7 +37,7 @@ def start_ranks(world_size: int = 4, *, timeout_s: float = 20.0, threads_per_ran
         raise RankError("ranks need Linux or macOS. On Windows, run JupyterLab inside WSL2.")
     if _current is not None:
         _current.stop()
-    from workshop_utils.rank_magic import register_magic
+    from workshop_utils.ranks.magic import register_magic
 
     register_magic()
     _current = Ranks(world_size, timeout_s=timeout_s, threads_per_rank=threads_per_rank)
@@ -96,7 +88,7 @@ class Ranks:
         state = "stopped" if not self.kernels else f"ranks {lost} are lost" if lost else "ready"
         return f"Ranks(world_size={self.world_size}, {state})"
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -145,7 +137,7 @@ class Ranks:
     def _form_group(self) -> list[str]:
         """All ranks join a fresh group, which meets at a fresh file. Returns the variables that hold the old one."""
         store = str(self._new_path("store"))
-        run = self._follow_call(rank_process.join_group, (store, self.world_size), {}, JOIN_S)
+        run = self._follow_call(_join_group, (store,), {}, JOIN_S)
         self._group_is_broken = run.failure is not None
         if run.failure is not None:
             raise run.report()
@@ -202,7 +194,7 @@ class Ranks:
         path.write_bytes(cloudpickle.dumps((fn, args, kwargs)))
         run = CellRun(self.kernels, timeout_s=self.timeout_s, deadline_s=deadline_s)
         run.path = path
-        run.follow(f"__import__('workshop_utils.rank_process').rank_process.call({str(path)!r})")
+        run.follow(f"from workshop_utils.ranks import process as _process; _process.call({str(path)!r})")
         path.unlink()
         return run
 
@@ -258,3 +250,10 @@ def _end_all(kernels: list[RankKernel]) -> None:
     deadline = time.monotonic() + 1.0
     for kernel in kernels:
         kernel.end(deadline)
+
+
+def _join_group(store: str) -> list[str]:
+    """Runs on a rank; imported there, since the notebook has no use for the rank's side."""
+    from workshop_utils.ranks.process import join_group
+
+    return join_group(store)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import zmq
 
-from workshop_utils.rank_display import Live, strip_ansi
-from workshop_utils.rank_kernel import RankKernel
+from workshop_utils.ranks.display import Live
+from workshop_utils.ranks.errors import RankError
+from workshop_utils.ranks.kernel import RankKernel
 
 GRACE_S = 0.2  # after the first sign of failure: others may be about to tell the real cause
 INTERRUPT_AFTER_S = 1.0
@@ -23,22 +24,6 @@ KILL_AFTER_S = 2.4  # the promise is that all have stopped 3 s after an interrup
 SHOW_AFTER_S = 1.0
 ASK_EVERY_S = 0.25
 _ECHO = re.compile(r"gloo/|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|process group|Timed out")
-
-
-class RankError(RuntimeError):
-    """A cell or function failed on the ranks. `.rank` is the rank that failed first, None for a deadlock."""
-
-    def __init__(self, message: str, *, rank: int | None = None, traceback: list[str] | None = None):
-        self.rank, self.message, self.traceback = rank, message, traceback or []
-        super().__init__("\n\n".join([message, *(strip_ansi(line) for line in self.traceback)]))
-
-    def add(self, line: str) -> None:
-        """Add a line to the report, above the traceback."""
-        RankError.__init__(self, f"{self.message}\n{line}", rank=self.rank, traceback=self.traceback)
-
-    def _render_traceback_(self) -> list[str]:
-        """What Jupyter shows: the report and the rank's own traceback, not the frames of this package."""
-        return [f"\x1b[31mRankError\x1b[0m: {self.message}", "", *self.traceback]
 
 
 @dataclass

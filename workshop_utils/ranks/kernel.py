@@ -1,12 +1,14 @@
 """One rank as the notebook sees it: a Jupyter kernel that it starts, talks to, interrupts and, last, ends.
 
-`ranks.py` drives a set of these. What runs at the other end is `rank_process.py`.
+`driver.py` drives a set of these. What runs at the other end is `process.py`.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,10 +22,10 @@ from jupyter_client.kernelspec import KernelSpec
 _ARGV = [
     sys.executable,
     "-c",
-    "from workshop_utils.rank_process import main; main()",
+    "from workshop_utils.ranks.process import main; main()",
     "{connection_file}",
 ]
-_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
 class _Manager(KernelManager):
@@ -56,7 +58,7 @@ class RankKernel:
 
     def __init__(self, rank: int, world_size: int, folder: Path, threads: int):
         self.rank, self.folder = rank, folder
-        self.events: list[str] = []  # how far it has come: torch, ready
+        self.events: list[str] = []  # how far it has come: ready
         self.cell: CellState | None = None
         self.log = folder / f"rank{rank}.log"
         self._pending = b""
@@ -72,12 +74,13 @@ class RankKernel:
         )
         config = {
             "fd": theirs.fileno(),
+            "rank": rank,
             "world_size": world_size,
             "path": [entry or os.getcwd() for entry in sys.path],
         }
         with theirs, open(self.log, "wb") as log:
             self.manager.start_kernel(
-                env=_environment(rank, threads, config),
+                env=_environment(threads, config),
                 pass_fds=(theirs.fileno(),),
                 stdout=log,
                 stderr=log,
@@ -168,10 +171,10 @@ class RankKernel:
         self.cell = CellState(self.client.execute(code, allow_stdin=False, stop_on_error=False))
 
     def ask(self, op: str) -> None:
-        try:
+        with contextlib.suppress(
+            OSError
+        ):  # it is gone, or too stuck to read: the caller's deadlines deal with both
             self.pair.send(json.dumps({"op": op}).encode() + b"\n")
-        except OSError:
-            pass  # it is gone, or too stuck to read: the caller's deadlines deal with both
 
     def interrupt(self) -> None:
         self._signal(signal.SIGINT)
@@ -181,10 +184,8 @@ class RankKernel:
 
     def _signal(self, number: int) -> None:
         """To the rank's own process group: the rank and what it forked. Never by name."""
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
             os.killpg(self.pid, number) if number == signal.SIGKILL else os.kill(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass  # it has ended
 
     # -- the end
 
@@ -197,8 +198,8 @@ class RankKernel:
         """How the process ended, with the last lines it wrote to its log."""
         try:
             code = self.process.wait(timeout=1)
-        except Exception:
-            return "stopped answering"
+        except subprocess.TimeoutExpired:
+            return "closed its connection to the notebook"
         if code < 0:
             name = signal.Signals(-code).name
             how = f"was killed by signal {-code} ({name})"
@@ -211,10 +212,8 @@ class RankKernel:
     def ask_to_end(self) -> None:
         if not self.lost:
             message = self.session.msg("shutdown_request", {"restart": False})
-            try:
+            with contextlib.suppress(RuntimeError, zmq.ZMQError):  # never connected: `end` kills it
                 self.client.control_channel.send(message)
-            except Exception:
-                pass  # never connected; `end` closes the pair, which ends it too
 
     def end(self, deadline: float) -> None:
         """Wait for the process until `deadline` (monotonic seconds), then kill it and whatever it forked."""
@@ -227,10 +226,9 @@ class RankKernel:
         self.manager.cleanup_resources()
 
 
-def _environment(rank: int, threads: int, config: dict) -> dict:
+def _environment(threads: int, config: dict) -> dict:
     ours = {
-        "WORKSHOP_RANK": str(rank),
-        "WORKSHOP_RANK_CONFIG": json.dumps(config),
+        "WORKSHOP_RANK": json.dumps(config),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         # Without this gloo listens on whatever interface the host name resolves to.

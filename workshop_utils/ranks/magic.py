@@ -4,9 +4,9 @@ from IPython import get_ipython
 from IPython.core.error import UsageError
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from workshop_utils import ranks as _ranks
-from workshop_utils.cell_run import RankError
-from workshop_utils.rank_display import show_text
+from workshop_utils.ranks import driver
+from workshop_utils.ranks.display import show_text
+from workshop_utils.ranks.errors import RankError
 
 
 @magic_arguments()
@@ -17,7 +17,7 @@ from workshop_utils.rank_display import show_text
 def ranks_magic(line: str, cell: str) -> None:
     """Run the cell on every rank. There, `torch`, `dist`, `rank` and `world_size` are defined."""
     options = parse_argstring(ranks_magic, line)
-    ranks = _ranks.current_ranks()
+    ranks = driver.current_ranks()
     if ranks is None:
         raise UsageError("No ranks are running. Start some first: ranks = start_ranks(4)")
     only = _rank_list(options.only, len(ranks)) if options.only else None

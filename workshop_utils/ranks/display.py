@@ -10,14 +10,10 @@ from IPython import get_ipython
 from IPython.display import display
 
 from workshop_utils.plotting import rank_color
+from workshop_utils.ranks.errors import strip_ansi
 
 MAX_CHARS = 100_000
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)")
-
-
-def strip_ansi(text: str) -> str:
-    return _ANSI.sub("", text)
 
 
 def settle(text: str) -> str:
