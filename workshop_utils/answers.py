@@ -160,7 +160,8 @@ def keepable_source(exercise_id: str, answer) -> tuple[str, str]:
 
 def _file_of(function) -> str | None:
     if inspect.isclass(function):
-        methods = [m for m in vars(function).values() if inspect.isfunction(m)]
+        members = [getattr(member, "__func__", member) for member in vars(function).values()]
+        methods = [member for member in members if inspect.isfunction(member)]
         return methods[0].__code__.co_filename if methods else None
     code = getattr(function, "__code__", None)
     return code.co_filename if code else None
