@@ -1,0 +1,317 @@
+"""Send and receive between ranks: counted, and slowed down to a given link if asked. Notebook 02 teaches it.
+
+`send`, `recv`, `isend` and `irecv` are torch.distributed's, with the same arguments: `dst` and `src` are ranks of
+the default group, also where `group` names a subgroup. Tensors may have any shape, and need not be contiguous.
+Messages between two ranks of one group arrive in the order in which they were sent.
+
+A send is finished when its receiver has posted the matching receive and the bytes have left, as in gloo: two
+ranks that both call `send` first wait for each other for ever.
+"""
+
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import time
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from workshop_utils.network import Link
+
+FASTEST_EMULATED_BYTES_PER_S = (
+    250e6  # 2 Gb/s. One rank's share of the loopback is about 1 GB/s, less when all send.
+)
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent and received through this module, in payload bytes."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    messages_sent: int = 0
+
+
+class Transfer:
+    """A message under way. `wait()` returns when it is done; after a receive, the tensor then holds the message."""
+
+    def __init__(self, work, tensor: torch.Tensor, buffer: torch.Tensor, received: bool, sleep=None):
+        self._work, self._tensor, self._buffer, self._received, self._sleep = (
+            work,
+            tensor,
+            buffer,
+            received,
+            sleep,
+        )
+
+    def wait(self) -> None:
+        """Wait for the message. A second call returns at once."""
+        if self._work is None:
+            return
+        self._work.wait()
+        self._work = None
+        if self._sleep is not None:
+            self._sleep()
+        if self._received:
+            for traffic in _counting:
+                traffic.bytes_received += self._buffer.nbytes
+            if self._buffer is not self._tensor:
+                self._tensor.copy_(self._buffer)
+        self._tensor = self._buffer = None
+
+
+def send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None) -> None:
+    """Send `tensor` to rank `dst` and wait until it has left."""
+    isend(tensor, dst, group).wait()
+
+
+def recv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None) -> None:
+    """Overwrite `tensor` with the next message from rank `src`. Both sides must agree on the number of bytes."""
+    irecv(tensor, src, group).wait()
+
+
+def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None) -> Transfer:
+    """Start to send. Leave `tensor` as it is until `wait()` has returned."""
+    tensor = tensor.detach()
+    buffer = tensor.contiguous()
+    until_sent = _card.send(buffer.nbytes, dst, group) if _card is not None else None
+    work = dist.isend(buffer, dst, group)
+    for traffic in _counting:
+        traffic.bytes_sent += buffer.nbytes
+        traffic.messages_sent += 1
+    return Transfer(work, tensor, buffer, False, until_sent)
+
+
+def irecv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None) -> Transfer:
+    """Start to receive. `tensor` holds the message once `wait()` has returned."""
+    tensor = tensor.detach()
+    buffer = (
+        tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    )
+    work = dist.irecv(buffer, src, group)
+    until_delivered = _card.receive(src, group) if _card is not None else None
+    return Transfer(work, tensor, buffer, True, until_delivered)
+
+
+# ----------------------------------------------------------------------------- counting
+
+_counting: list[Traffic] = []
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this rank sends and receives inside the block, in payload bytes.
+
+    A message counts as sent when its send starts, and as received when its receive has been waited for.
+    """
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting[:] = [t for t in _counting if t is not traffic]
+
+
+@dataclass
+class WireBytes:
+    """Bytes that this rank's connections carried, gloo's own headers included. Set when the block ends."""
+
+    bytes_sent: int | None = None
+    bytes_received: int | None = None
+
+
+@contextmanager
+def wire_bytes() -> Iterator[WireBytes]:
+    """Count what this rank's TCP connections carry inside the block, torch's own collectives included.
+
+    The kernel counts, per connection, so other processes do not disturb it. Every message costs gloo some headers
+    on top of the payload, 50 to 150 bytes. Linux only: elsewhere RuntimeError, `count_traffic()` works everywhere.
+    """
+    before = _connection_bytes()
+    if before is None:
+        raise RuntimeError(
+            "wire_bytes() cannot know: only Linux says what each connection carried. "
+            "count_traffic() counts our own sends and receives on every system."
+        )
+    counted = WireBytes()
+    yield counted
+    after = _connection_bytes()
+    counted.bytes_sent, counted.bytes_received = (
+        sum(total[i] - before.get(key, (0, 0))[i] for key, total in after.items()) for i in (0, 1)
+    )
+
+
+def gloo_bytes_sent() -> int | None:
+    """Bytes sent so far by the TCP connections that this process holds now; None where the system does not tell."""
+    connections = _connection_bytes()
+    return None if connections is None else sum(sent for sent, _ in connections.values())
+
+
+def _connection_bytes() -> dict[int, tuple[int, int]] | None:
+    """{inode: (bytes sent, bytes received)} of this process's TCP connections over loopback."""
+    if not hasattr(socket, "TCP_INFO") or not os.path.isdir("/proc/self/fd"):
+        return None
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+                    continue
+                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                inode = os.fstat(sock.fileno()).st_ino
+        except OSError:
+            continue  # closed since it was listed
+        if len(info) < 208:
+            return None  # a kernel before 4.19 does not tell
+        # struct tcp_info in linux/tcp.h: tcpi_bytes_received at 128, tcpi_bytes_sent at 200
+        found[inode] = (struct.unpack_from("Q", info, 200)[0], struct.unpack_from("Q", info, 128)[0])
+    return found
+
+
+# ----------------------------------------------------------------------------- a slower link
+
+_card: "_NetworkCard | None" = None
+
+
+@contextmanager
+def emulate_link(link: Link) -> Iterator[None]:
+    """Inside: every rank has a network card of its own, and our sends and receives take as long as on `link`.
+
+    The card is full duplex. Messages that leave queue for the sender's card, messages that arrive queue for the
+    receiver's, first come first served, and each passes at the link's bandwidth: three senders to one receiver
+    take three times one sender, both directions at once take one. A message costs a card time for its payload; its
+    latency passes meanwhile. The network between the cards is never full. torch's own collectives are not slowed.
+
+    Every rank of the default group enters together, and what is sent inside is received inside. All ranks must be
+    on one machine: they share its clock. From 0.1 to 2 Gb/s; raises ValueError for a faster link.
+    """
+    global _card
+    if link.bandwidth_bytes_per_s > FASTEST_EMULATED_BYTES_PER_S:
+        raise ValueError(
+            f"cannot emulate {link.bandwidth_bytes_per_s * 8e-9:g} Gb/s: this machine's loopback is hardly faster. "
+            "Emulate 2 Gb/s (250e6 bytes/s) or less; for faster links predict with the formulas in network.py."
+        )
+    outer, _card = _card, _NetworkCard(link, *_open_mailboxes())
+    try:
+        yield
+    finally:
+        _card.close()
+        _card = outer
+
+
+class _NetworkCard:
+    """This rank's card. Each message is announced in the receiver's mailbox, a file, before it is sent.
+
+    An announcement says when the first byte arrives. Once that moment has passed on the receiver, all earlier
+    announcements are in the mailbox, so the queue at the receiver's card is known, in whatever order the
+    receiver waits for the messages.
+    """
+
+    def __init__(self, link: Link, inbox: int, outboxes: list[int]):
+        self.link, self.inbox, self.outboxes = link, inbox, outboxes
+        self.egress_free_s = self.ingress_free_s = 0.0
+        self.posted: Counter = Counter()  # (source, group): receives started
+        self.announced: dict = defaultdict(
+            list
+        )  # (source, group): messages in the order in which they were sent
+        self.queue: list[_Message] = []  # announced, not yet through the card
+
+    def send(self, num_bytes: int, dst: int, group):
+        """Put a message into the outgoing queue; the function returned sleeps until it has left the card."""
+        start_s = max(time.monotonic(), self.egress_free_s)
+        end_s = self.egress_free_s = start_s + num_bytes / self.link.bandwidth_bytes_per_s
+        fields = (dist.get_rank(), _group_number(group), start_s + self.link.latency_s, num_bytes)
+        os.write(self.outboxes[dst], _ANNOUNCEMENT.pack(*fields))
+        return lambda: _sleep_until(end_s)
+
+    def receive(self, src: int, group):
+        """Expect the next message of `src`; the function returned sleeps until all of it is through the card."""
+        key = (src, _group_number(group))
+        number = self.posted[key]
+        self.posted[key] += 1
+        return lambda: self._deliver(key, number)
+
+    def _deliver(self, key: tuple[int, int], number: int) -> None:
+        self._read_inbox()
+        if number >= len(self.announced[key]):
+            raise RuntimeError(
+                f"rank {key[0]} sent this message outside emulate_link: let both sides enter it"
+            )
+        message = self.announced[key][number]
+        _sleep_until(message.arrives_s)
+        self._read_inbox()
+        self.queue.sort(key=lambda m: m.arrives_s)
+        while message.delivered_s is None:
+            first = self.queue.pop(0)
+            begin_s = max(first.arrives_s, self.ingress_free_s)
+            first.delivered_s = self.ingress_free_s = (
+                begin_s + first.num_bytes / self.link.bandwidth_bytes_per_s
+            )
+        _sleep_until(message.delivered_s)
+
+    def _read_inbox(self) -> None:
+        while record := os.read(self.inbox, _ANNOUNCEMENT.size):
+            src, group, arrives_s, num_bytes = _ANNOUNCEMENT.unpack(record)
+            message = _Message(arrives_s, num_bytes)
+            self.announced[src, group].append(message)
+            self.queue.append(message)
+
+    def close(self) -> None:
+        for mailbox in (self.inbox, *self.outboxes):
+            os.close(mailbox)
+
+
+@dataclass
+class _Message:
+    arrives_s: float  # when the first byte is at the receiver's card
+    num_bytes: int
+    delivered_s: float | None = None  # when the last byte is through it
+
+
+_ANNOUNCEMENT = struct.Struct("<qQdq")  # 32 bytes: never across two pages of a file, so never half written
+
+
+def _open_mailboxes() -> tuple[int, list[int]]:
+    """One file per rank in a private folder, removed from the file system as soon as all ranks hold it open."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    path = torch.zeros(1024, dtype=torch.uint8)
+    ack = torch.zeros(1)
+    if rank == 0:
+        folder = tempfile.mkdtemp(prefix="mailboxes-")
+        for r in range(world_size):
+            Path(folder, str(r)).touch()
+        path[: len(os.fsencode(folder))] = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8)
+        for r in range(1, world_size):
+            dist.send(path, r)
+    else:
+        dist.recv(path, 0)
+        folder = os.fsdecode(bytes(path.tolist()).rstrip(b"\0"))
+    inbox = os.open(Path(folder, str(rank)), os.O_RDONLY)
+    outboxes = [os.open(Path(folder, str(r)), os.O_WRONLY | os.O_APPEND) for r in range(world_size)]
+    if rank == 0:
+        for r in range(1, world_size):
+            dist.recv(ack, r)
+        shutil.rmtree(folder)
+    else:
+        dist.send(ack, 0)
+    return inbox, outboxes
+
+
+def _group_number(group) -> int:
+    """The same number for a group on all of its ranks."""
+    return zlib.crc32((group or dist.group.WORLD).group_name.encode())
+
+
+def _sleep_until(moment_s: float) -> None:
+    while (left_s := moment_s - time.monotonic()) > 0:
+        time.sleep(left_s)
