@@ -70,8 +70,11 @@ def download_mnist(cache: Path, *, retry: bool = True):
 def damaged_files(cache: Path) -> list[str]:
     """The files of a downloaded `cache`/MNIST that differ from the checksums kept with them."""
     raw = cache / "MNIST" / "raw"
-    expected = json.loads((raw / CHECKSUMS).read_text())
-    return [name for name in FILES if _sha256(raw / name) != expected[name]]
+    try:
+        expected = json.loads((raw / CHECKSUMS).read_text())
+    except (OSError, ValueError):
+        return [CHECKSUMS]
+    return [name for name in FILES if _sha256(raw / name) != expected.get(name)]
 
 
 def _locked(path: Path):

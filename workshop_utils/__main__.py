@@ -1,0 +1,36 @@
+"""`python -m workshop_utils doctor` and `progress`."""
+
+import argparse
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m workshop_utils", description="Tools around the notebooks."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="is this machine ready? Exit status 0 if it is, 1 if not")
+    doctor.add_argument("--json", action="store_true", help="for scripts, and for instructors who collect it")
+    doctor.add_argument("--quick", action="store_true", help="without the two-process sum")
+    commands.add_parser("progress", help="which exercises have passed")
+    chosen = parser.parse_args(arguments)
+    return run_doctor(chosen) if chosen.command == "doctor" else run_progress()
+
+
+def run_doctor(chosen: argparse.Namespace) -> int:
+    from workshop_utils.doctor import as_json, as_text, run_checks
+
+    checks = run_checks(quick=chosen.quick)
+    print(as_json(checks) if chosen.json else as_text(checks))
+    return int(any(check.status == "fail" for check in checks))
+
+
+def run_progress() -> int:
+    from workshop_utils.learning import progress_report
+
+    print(progress_report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
