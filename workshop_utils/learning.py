@@ -5,6 +5,7 @@ consists of stands in `exercises.json`; what the reader has done is kept by `pro
 """
 
 import html
+import linecache
 import re
 import sysconfig
 import traceback
@@ -107,10 +108,7 @@ def _failure(exercise_id: str, error: BaseException) -> Result:
     if isinstance(error, NotImplementedError):
         return _not_solved(exercise_id)
     if isinstance(error, RankError):
-        text = str(error)
-        if re.search(r"^NotImplementedError\b", text, re.MULTILINE):
-            return _not_solved(exercise_id)
-        return Result("stopped", f"Exercise {exercise_id} stopped on the ranks.\n{text}")
+        return _failure_on_ranks(exercise_id, error)
     lines, kind = own_lines(error), type(error).__name__
     message = f"{kind}: {error}" if str(error) else kind
     if not lines:
@@ -120,16 +118,44 @@ def _failure(exercise_id: str, error: BaseException) -> Result:
     return Result("raised", f"Exercise {exercise_id}: your function raised {kind}.\n{lines}{message}")
 
 
+def _failure_on_ranks(exercise_id: str, error) -> Result:
+    """A deadlock, a lost rank, or an exception on a rank: who, where, and the learner's own lines."""
+    text = str(error)
+    last = text.rstrip().rpartition("\n")[2]
+    if last.startswith("NotImplementedError"):
+        return _not_solved(exercise_id)
+    if not error.traceback:
+        return Result("stopped", f"Exercise {exercise_id} stopped on the ranks.\n{text}")
+    lines = own_lines_on_rank(text)
+    if re.match(r"NameError: name '(rank|world_size)' is not defined", last):
+        last += "\nInside a function, ask dist.get_rank() and dist.get_world_size()."
+    kind = last.partition(":")[0]
+    title = f"Exercise {exercise_id}: your function raised {kind} on rank {error.rank}."
+    return Result("raised", f"{title}\n{error.message}\n{lines}{last}")
+
+
 def own_lines(error: BaseException) -> str:
     """The error's traceback, reduced to the reader's own lines; "" if it has none."""
-    text = ""
-    for frame in traceback.extract_tb(error.__traceback__):
-        if any(str(folder) in frame.filename for folder in _LIBRARIES):
-            continue
-        in_cell = "ipykernel_" in frame.filename or "ipython-input" in frame.filename
-        where = "cell" if in_cell else Path(frame.filename).name
-        text += f"{where}, line {frame.lineno}, in {frame.name}\n    {frame.line}\n"
-    return text
+    frames = traceback.extract_tb(error.__traceback__)
+    return "".join(_frame(frame.filename, frame.lineno, frame.name) for frame in frames)
+
+
+def own_lines_on_rank(text: str) -> str:
+    """The same from a traceback that IPython wrote on a rank; what stands in a cell's line is known here only."""
+    frames = re.findall(r"^File (.+):(\d+), in (\w+)", text, re.MULTILINE)  # IPython 8 and later
+    older = re.findall(r"^(\S+) in (\w+)\(.*\)\n(?:(?!-+>).*\n)*-+> (\d+)", text, re.MULTILINE)  # IPython 7
+    frames += [(file, line, name) for file, name, line in older]
+    return "".join(_frame(file, int(line), name) for file, line, name in frames)
+
+
+def _frame(filename: str, line: int, function: str) -> str:
+    """One frame in two lines; "" if it is not the reader's."""
+    if any(str(folder) in filename for folder in _LIBRARIES):
+        return ""
+    in_cell = "ipykernel_" in filename or "ipython-input" in filename
+    where = "cell" if in_cell else Path(filename).name
+    code = linecache.getline(filename, line).strip()
+    return f"{where}, line {line}, in {function}\n" + (f"    {code}\n" if code else "")
 
 
 def _record_check(exercise_id: str, answer, result: Result) -> str:
