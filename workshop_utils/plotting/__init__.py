@@ -30,7 +30,9 @@ def use_style() -> None:
     plt.style.use(STYLE_FILE)
 
 
-def draw_box(ax, x, y, width, height, label, *, color=PAPER, edge=MUTED, text_color=INK, fontsize=9, **text):
+def draw_box(
+    ax, x, y, width, height, label, *, color=PAPER, edge=MUTED, text_color=INK, fontsize=9, linestyle="-"
+):
     """A labelled rectangle centred on (x, y), in data units of `ax`. Returns the patch."""
     from matplotlib.patches import FancyBboxPatch
 
@@ -42,7 +44,8 @@ def draw_box(ax, x, y, width, height, label, *, color=PAPER, edge=MUTED, text_co
         boxstyle=f"round,pad={pad}",
         facecolor=color,
         edgecolor=edge,
+        linestyle=linestyle,
     )
     ax.add_patch(box)
-    ax.text(x, y, label, ha="center", va="center", color=text_color, fontsize=fontsize, **text)
+    ax.text(x, y, label, ha="center", va="center", color=text_color, fontsize=fontsize)
     return box
