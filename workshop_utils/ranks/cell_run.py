@@ -33,7 +33,7 @@ class Failure:
     kind: str
     rank: int | None = None
     at_s: float = 0.0
-    where: dict[int, dict] = field(default_factory=dict)  # the others, when it happened
+    doing: dict[int, str] = field(default_factory=dict)  # what the others did when it happened
     killed: list[int] = field(default_factory=list)
 
 
@@ -50,7 +50,7 @@ class CellRun:
         self._live = Live()
 
     def follow(self, code: str) -> Failure | None:
-        self.began = time.monotonic()
+        self.began, self.source = time.monotonic(), code.split("\n")
         try:
             for kernel in self.kernels:
                 kernel.execute(code)
@@ -115,8 +115,10 @@ class CellRun:
             time.sleep(0.05)  # the answers take a millisecond, if the rank can answer at all
             for kernel in self.kernels:
                 kernel.read()
-        where = {k.rank: dict(k.cell.where) for k in self._unfinished() if k.cell.where.get("busy")}
-        self.failure = Failure(kind, rank, self._failed_at - self.began, where)
+        busy = [k for k in self._unfinished() if k.cell.where.get("busy")]
+        self.failure = Failure(
+            kind, rank, self._failed_at - self.began, {k.rank: self.describe(k) for k in busy}
+        )
 
     # -- getting everybody free
 
@@ -138,8 +140,9 @@ class CellRun:
 
     def _kill(self, unfinished: list[RankKernel]) -> None:
         for kernel in unfinished:
-            self.failure.killed.append(kernel.rank)
-            kernel.kill()
+            if kernel.rank not in self.failure.killed:
+                self.failure.killed.append(kernel.rank)
+                kernel.kill()
 
     # -- what the reader sees meanwhile
 
@@ -166,7 +169,31 @@ class CellRun:
             return "failed" if kernel.cell.done["failed"] else "finished"
         if not kernel.cell.where:
             return "busy"
-        return describe(kernel.cell.where)
+        return self.describe(kernel)
+
+    def describe(self, kernel: RankKernel) -> str:
+        """One rank's answer to "where are you?" in words."""
+        where = kernel.cell.where
+        if not where.get("busy"):
+            return "between two cells"
+        spot = self._spot(where)
+        if not where["waits"]:
+            return f"computing{spot}"
+        peer = f" ({where['peer']})" if where.get("peer") else ""
+        since = f" for {where['waited_s']:.1f} s" if where["waited_s"] >= 0.05 else ""
+        return f"waiting{since} in {where['call']}{peer}{spot}"
+
+    def _spot(self, where: dict) -> str:
+        if not where.get("file"):
+            return ""
+        file, line = where["file"], where["line"]
+        in_a_cell = "ipykernel" in file or file.startswith("<")
+        code = where["code"] or linecache.getline(file, line).strip()
+        if in_a_cell and not code and line <= len(self.source):
+            code = self.source[line - 1].strip()
+        return (
+            f", line {line}" + ("" if in_a_cell else f" of {Path(file).name}") + (f": {code}" if code else "")
+        )
 
     # -- what it amounted to
 
@@ -187,11 +214,10 @@ class CellRun:
         failure = self.failure
         if failure is None:
             return None
-        doing = {rank: describe(where) for rank, where in failure.where.items()}
         echoes = {
             k.rank: "its connection broke" for k in self.kernels if k.rank != failure.rank and _is_echo(k)
         }
-        others = [f"  rank {rank}: {text}" for rank, text in sorted((echoes | doing).items())]
+        others = [f"  rank {rank}: {text}" for rank, text in sorted((echoes | failure.doing).items())]
         traceback = None
         if failure.kind in ("error", "lost"):
             kernel = next(k for k in self.kernels if k.rank == failure.rank)
@@ -217,25 +243,6 @@ _HEADLINES: dict[str, Callable[[CellRun], str]] = {
     "deadline": lambda run: f"the deadline of {run.deadline_s:g} s passed; the cell was stopped",
     "interrupt": lambda run: f"interrupted after {run.failure.at_s:.1f} s; all ranks were stopped",
 }
-
-
-def describe(where: dict) -> str:
-    """One rank's answer to "where are you?" in words."""
-    if not where.get("busy"):
-        return "between two cells"
-    spot = ""
-    if where.get("file"):
-        file, line = where["file"], where["line"]
-        code = where["code"] or linecache.getline(file, line).strip()
-        in_a_cell = "ipykernel" in file or file.startswith("<")
-        spot = (f"line {line}" if in_a_cell else f"{Path(file).name} line {line}") + (
-            f": {code}" if code else ""
-        )
-    if not where["waits"]:
-        return f"computing, {spot}" if spot else "computing"
-    peer = f" ({where['peer']})" if where.get("peer") else ""
-    since = f" for {where['waited_s']:.1f} s" if where["waited_s"] >= 0.05 else ""
-    return f"waiting{since} in {where['call']}{peer}, {spot}"
 
 
 def _is_echo(kernel: RankKernel) -> bool:

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from torch._C._distributed_c10d import Work
@@ -67,7 +68,10 @@ class Monitor(threading.Thread):
                 self._end_with_the_notebook()
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
-                self._answer(json.loads(line)["op"])
+                try:
+                    self._answer(json.loads(line)["op"])
+                except Exception:  # noqa: BLE001  this thread must outlive every surprise; the log keeps it
+                    traceback.print_exc(file=sys.__stderr__)
 
     def _answer(self, op: str) -> None:
         if op == "where":
@@ -139,14 +143,21 @@ def _reader_line(innermost) -> dict:
     call = call or ("backward" if "autograd" in innermost.f_code.co_filename else "wait")
     if frame is None:
         return {"call": call, "peer": peer}
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    file, line = frame.f_code.co_filename, frame.f_lineno or 0  # None between two lines
     return {
         "call": call,
         "peer": peer,
         "file": file,
         "line": line,
-        "code": linecache.getline(file, line).strip(),
+        "code": _source_line(file, line),
     }
+
+
+def _source_line(file: str, line: int) -> str:
+    """The text of a line, as far as IPython keeps it: its entry can be incomplete while a cell starts."""
+    entry = linecache.cache.get(file, ())
+    lines = entry[2] if len(entry) > 2 else None
+    return lines[line - 1].strip() if lines and line <= len(lines) else ""
 
 
 def _is_machinery(file: str) -> bool:

@@ -31,8 +31,10 @@ class RankProcess:
         self.monitor = Monitor(socket.socket(fileno=fd), connection_file.parent.parent)
         self.monitor.start()
         self.app = IPKernelApp.instance()
-        # Several ranks must not write into one history database.
-        self.app.initialize(["-f", str(connection_file), "--HistoryManager.enabled=False"])
+        # Several ranks must not write into one history database; and what C++ says before it aborts must reach
+        # the log, which a pipe that this very process reads would not allow.
+        quiet = ["--HistoryManager.enabled=False", "--IPKernelApp.capture_fd_output=False"]
+        self.app.initialize(["-f", str(connection_file), *quiet])
         self.shell = self.app.shell
         self.shell.user_ns.update(torch=torch, dist=dist, rank=rank, world_size=world_size)
         self.shell.user_ns.update(exit=_no_exit, quit=_no_exit, input=_no_input)
