@@ -96,10 +96,11 @@ def execute(notebook, folder: Path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = ran[cell.id].execution_count
-            cell.outputs = [kept for output in ran[cell.id].outputs if (kept := clean_output(output))]
+            outputs = [clean_output(output, {scratch: "<data folder>"}) for output in ran[cell.id].outputs]
+            cell.outputs = [output for output in outputs if output is not None]
 
 
-def clean_output(output):
+def clean_output(output, names=None):
     """The output without live widgets, overwritten progress bars and paths of this machine; None if empty."""
     output.pop("transient", None)
     if "data" in output:
@@ -111,7 +112,7 @@ def clean_output(output):
         if not output.text.strip():
             return None
     text = json.dumps(output, ensure_ascii=False)
-    for found, shown in ((str(ROOT), "."), (str(Path.home()), "~")):
+    for found, shown in {**(names or {}), str(ROOT): ".", str(Path.home()): "~"}.items():
         text = text.replace(json.dumps(found)[1:-1] + "/", shown + "/")
     text = re.sub(r"/[\w/.-]*/ipykernel_\d+/\d+\.py", "<cell>", text)
     return nbformat.from_dict(json.loads(text))

@@ -333,3 +333,9 @@ def test_committed_notebooks_hold_no_widgets():
         notebook = nbformat.read(path, as_version=4)
         assert "widgets" not in notebook.metadata, path.name
         assert "jupytext" not in notebook.metadata, path.name
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in (ROOT / "notebooks/src").glob("*.py"):
+        for target in re.findall(r"\]\(([\w/.-]+\.ipynb)\)", path.read_text(encoding="utf-8")):
+            assert (ROOT / "notebooks/src" / target).with_suffix(".py").exists(), f"{path.name} links {target}"

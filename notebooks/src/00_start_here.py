@@ -35,7 +35,7 @@ use_style()
 # ## Is this machine ready?
 #
 # The doctor looks at the Python that runs this notebook, at the packages, the memory, the disk and the data. It
-# also starts two processes and lets them add two numbers. This takes a few seconds.
+# also starts two processes and lets them add two numbers. That takes about ten seconds.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils import doctor
@@ -94,18 +94,18 @@ print(f"I am rank {rank} of {world_size}. My process has the number {os.getpid()
 
 # %%
 # %%ranks
-mine_alone = torch.full((3,), float(rank))
+my_numbers = torch.full((3,), float(rank))
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks
-mine_alone
+my_numbers
 
 # %% [markdown]
 # This cell has no `%%ranks`, so it runs in the notebook's own process. That is a fifth one, and it knows nothing
-# of `mine_alone`.
+# of `my_numbers`.
 
 # %% tags=["nbval-check-output"]
-"mine_alone" in globals()
+"my_numbers" in globals()
 
 # %% [markdown]
 # ## Talking to each other
@@ -113,7 +113,8 @@ mine_alone
 # `dist.all_reduce(tensor)` adds up the tensors of all ranks and leaves the sum in each of them. It is the most
 # important operation of the series. You will write it yourself, four times, in notebook 02.
 #
-# **Predict.** Rank 0 holds 0, 1, 2, 3 hold 1, 2, 3. Which number will each of them hold afterwards?
+# **Predict.** Each element of `my_numbers` is 0 on rank 0, 1 on rank 1, 2 on rank 2 and 3 on rank 3. What will it be
+# on each of them afterwards?
 
 # %%
 ### BEGIN SOLUTION
@@ -124,8 +125,8 @@ guess("after the all_reduce", my_guess)
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks
-dist.all_reduce(mine_alone)
-mine_alone
+dist.all_reduce(my_numbers)
+my_numbers
 
 # %%
 compare_guess("after the all_reduce", 0 + 1 + 2 + 3)
@@ -162,8 +163,8 @@ dist.all_reduce(numbers)
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks
-dist.all_reduce(mine_alone)
-mine_alone
+dist.all_reduce(my_numbers)
+my_numbers
 
 # %% [markdown]
 # The second way: nobody makes a mistake, but everybody waits. That is a *deadlock*. Here rank 0 does not take
@@ -173,7 +174,7 @@ mine_alone
 # %% tags=["nbval-ignore-output"]
 # %%ranks --expect-error --deadline 3
 if rank != 0:
-    dist.all_reduce(mine_alone)
+    dist.all_reduce(my_numbers)
 
 # %% [markdown]
 # The report says in which call and in which line each rank waited. That is what you need to repair it: look for
