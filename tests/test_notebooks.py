@@ -1,0 +1,69 @@
+"""Every notebook, executed: solutions by papermill and nbval, learner versions unsolved by nbval.
+
+nbval compares outputs only in cells tagged nbval-check-output (lax); in all others an exception is a failure.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import papermill
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+STEMS = sorted(source.stem for source in (NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
+CELL_LIMIT_S = 120
+
+pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(600)]
+each_notebook = pytest.mark.parametrize("stem", STEMS)
+
+
+@each_notebook
+def test_solution_runs(stem, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_PROGRESS", str(tmp_path))
+    papermill.execute_notebook(
+        NOTEBOOKS / "solutions" / f"{stem}.ipynb",
+        tmp_path / f"{stem}.ipynb",
+        parameters={"PROFILE": "quick"},
+        cwd=NOTEBOOKS / "solutions",
+        kernel_name="python3",
+        progress_bar=False,
+        execution_timeout=CELL_LIMIT_S,
+    )
+
+
+@each_notebook
+def test_learner_version_runs_unsolved(stem, tmp_path):
+    nbval(NOTEBOOKS / f"{stem}.ipynb", tmp_path)
+
+
+@each_notebook
+def test_solution_gives_the_committed_outputs(stem, tmp_path):
+    nbval(NOTEBOOKS / "solutions" / f"{stem}.ipynb", tmp_path)
+
+
+def nbval(notebook: Path, progress: Path):
+    """Run nbval over one notebook, as `pytest --nbval-lax` from a shell does."""
+    options = [
+        "--nbval-lax",
+        "--nbval-current-env",
+        f"--nbval-cell-timeout={CELL_LIMIT_S}",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-q", notebook],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"WORKSHOP_PROGRESS": str(progress)},
+        cwd=NOTEBOOKS.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_there_are_notebooks():
+    assert STEMS
