@@ -2,7 +2,7 @@
 
 `send`, `recv`, `isend` and `irecv` are torch.distributed's, with the same arguments: `dst` and `src` are ranks of
 the default group, also where `group` names a subgroup. Tensors may have any shape, and need not be contiguous.
-Messages between two ranks of one group arrive in the order in which they were sent.
+Messages between two ranks with the same group and tag arrive in the order in which they were sent.
 
 A send is finished when its receiver has posted the matching receive and the bytes have left, as in gloo: two
 ranks that both call `send` first wait for each other for ever.
@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,36 +68,36 @@ class Transfer:
         self._tensor = self._buffer = None
 
 
-def send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None) -> None:
+def send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> None:
     """Send `tensor` to rank `dst` and wait until it has left."""
-    isend(tensor, dst, group).wait()
+    isend(tensor, dst, group, tag).wait()
 
 
-def recv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None) -> None:
+def recv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> None:
     """Overwrite `tensor` with the next message from rank `src`. Both sides must agree on the number of bytes."""
-    irecv(tensor, src, group).wait()
+    irecv(tensor, src, group, tag).wait()
 
 
-def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None) -> Transfer:
+def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to send. Leave `tensor` as it is until `wait()` has returned."""
     tensor = tensor.detach()
     buffer = tensor.contiguous()
-    until_sent = _card.send(buffer.nbytes, dst, group) if _card is not None else None
-    work = dist.isend(buffer, dst, group)
+    until_sent = _card.send(buffer.nbytes, dst, _channel(group, tag)) if _card is not None else None
+    work = dist.isend(buffer, dst, group, tag)
     for traffic in _counting:
         traffic.bytes_sent += buffer.nbytes
         traffic.messages_sent += 1
     return Transfer(work, tensor, buffer, False, until_sent)
 
 
-def irecv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None) -> Transfer:
+def irecv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to receive. `tensor` holds the message once `wait()` has returned."""
     tensor = tensor.detach()
     buffer = (
         tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
     )
-    work = dist.irecv(buffer, src, group)
-    until_delivered = _card.receive(src, group) if _card is not None else None
+    work = dist.irecv(buffer, src, group, tag)
+    until_delivered = _card.receive(src, _channel(group, tag)) if _card is not None else None
     return Transfer(work, tensor, buffer, True, until_delivered)
 
 
@@ -220,23 +220,23 @@ class _NetworkCard:
     def __init__(self, link: Link, inbox: int, outboxes: list[int]):
         self.link, self.inbox, self.outboxes = link, inbox, outboxes
         self.egress_free_s = self.ingress_free_s = 0.0
-        self.posted: Counter = Counter()  # (source, group): receives started
+        self.posted: Counter = Counter()  # (source, channel): receives started
         self.announced: dict = defaultdict(
             list
-        )  # (source, group): messages in the order in which they were sent
+        )  # (source, channel): messages in the order in which they were sent
         self.queue: list[_Message] = []  # announced, not yet through the card
 
-    def send(self, num_bytes: int, dst: int, group):
+    def send(self, num_bytes: int, dst: int, channel: int) -> Callable[[], None]:
         """Put a message into the outgoing queue; the function returned sleeps until it has left the card."""
         start_s = max(time.monotonic(), self.egress_free_s)
         end_s = self.egress_free_s = start_s + num_bytes / self.link.bandwidth_bytes_per_s
-        fields = (dist.get_rank(), _group_number(group), start_s + self.link.latency_s, num_bytes)
+        fields = (dist.get_rank(), channel, start_s + self.link.latency_s, num_bytes)
         os.write(self.outboxes[dst], _ANNOUNCEMENT.pack(*fields))
         return lambda: _sleep_until(end_s)
 
-    def receive(self, src: int, group):
+    def receive(self, src: int, channel: int) -> Callable[[], None]:
         """Expect the next message of `src`; the function returned sleeps until all of it is through the card."""
-        key = (src, _group_number(group))
+        key = (src, channel)
         number = self.posted[key]
         self.posted[key] += 1
         return lambda: self._deliver(key, number)
@@ -261,9 +261,9 @@ class _NetworkCard:
 
     def _read_inbox(self) -> None:
         while record := os.read(self.inbox, _ANNOUNCEMENT.size):
-            src, group, arrives_s, num_bytes = _ANNOUNCEMENT.unpack(record)
+            src, channel, arrives_s, num_bytes = _ANNOUNCEMENT.unpack(record)
             message = _Message(arrives_s, num_bytes)
-            self.announced[src, group].append(message)
+            self.announced[src, channel].append(message)
             self.queue.append(message)
 
     def close(self) -> None:
@@ -307,9 +307,9 @@ def _open_mailboxes() -> tuple[int, list[int]]:
     return inbox, outboxes
 
 
-def _group_number(group) -> int:
-    """The same number for a group on all of its ranks."""
-    return zlib.crc32((group or dist.group.WORLD).group_name.encode())
+def _channel(group: dist.ProcessGroup | None, tag: int) -> int:
+    """A number for messages that are matched in order: the same on both sides."""
+    return zlib.crc32(f"{(group or dist.group.WORLD).group_name}/{tag}".encode())
 
 
 def _sleep_until(moment_s: float) -> None:

@@ -1,0 +1,155 @@
+"""The ring: reduce-scatter, all-gather, and the all-reduce they make together. Notebooks 02 and 04 teach it.
+
+Every rank sends to its right neighbour only, (n-1)/n of the bytes in each of the two halves.
+
+    n       ranks in the group           chunk    n-th part of the elements, equal to within one element
+    me      this rank's place in it      segment  what travels as one message: a chunk, or a part of a large one
+
+Two things make it fast. A receive is started long before its message comes, so that the message goes straight to
+its place; without that, sender and receiver first exchange two notices. And messages are few and large: each wakes
+a thread on both sides, which costs as much as copying some 100 KB.
+"""
+
+import torch
+import torch.distributed as dist
+
+from workshop_utils.pieces import chunks_of, flat_view, members, segments_of, wait_all
+from workshop_utils.point_to_point import Transfer, irecv, isend
+
+SEGMENT_BYTES = 4 * 2**20
+_SUMS, _GATHER = 0, 1  # tags: receives of the second half are started while the first is still under way
+
+
+@torch.no_grad()
+def ring_all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Reduce-scatter around the ring, then all-gather around the ring.
+
+    A rank sends 2(n-1)/n S, the least that is possible, to one neighbour. If n does not divide the number of
+    elements, chunks differ by one element; nothing is padded.
+    """
+    ring = _Ring(group)
+    if ring.n == 1:
+        return
+    with flat_view(tensor) as flat:
+        chunks = chunks_of(flat, ring.n)
+        receives = ring.start_gather(chunks)
+        sends = ring.pass_sums_on(chunks, chunks)
+        wait_all(sends + ring.pass_chunks_on(chunks, receives))
+
+
+@torch.no_grad()
+def ring_reduce_scatter(
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> None:
+    """The i-th rank gets the sum of all ranks' i-th part of `input` in `output`; `input` stays as it was.
+
+    input: n times as many elements as output, cut into n equal parts in memory order; any shapes. A rank sends
+    (n-1)/n of the input's bytes.
+    """
+    ring = _Ring(group)
+    _check_sizes("input", input, "output", output, ring.n)
+    with flat_view(output) as total:
+        chunks = chunks_of(input.contiguous().view(-1), ring.n)
+        if ring.n == 1:
+            total.copy_(chunks[0])
+            return
+        sums = [torch.empty_like(chunk) for chunk in chunks]
+        sums[ring.me] = total
+        wait_all(ring.pass_sums_on(chunks, sums))
+
+
+@torch.no_grad()
+def ring_all_gather(
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> None:
+    """Every rank gets the inputs of all ranks, one after another, in `output`.
+
+    output: n times as many elements as input; any shapes. A rank sends (n-1)/n of the output's bytes.
+    """
+    ring = _Ring(group)
+    _check_sizes("output", output, "input", input, ring.n)
+    with flat_view(output) as flat:
+        chunks = chunks_of(flat, ring.n)
+        receives = ring.start_gather(chunks)
+        chunks[ring.me].copy_(input.reshape(-1))
+        wait_all(ring.pass_chunks_on(chunks, receives))
+
+
+class _Ring:
+    """This rank, its neighbours, and the two halves of a ring all-reduce."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        ranks, self.me = members(group)
+        self.n, self.group = len(ranks), group
+        self.left, self.right = ranks[self.me - 1], ranks[(self.me + 1) % self.n]
+
+    def pass_sums_on(self, chunks: list[torch.Tensor], sums: list[torch.Tensor]) -> list[Transfer]:
+        """Reduce-scatter: sums[me] becomes the sum of all ranks' chunks[me]. Returns the sends, to wait for.
+
+        In step k a rank sends chunk me-1-k to the right, with all that was added to it on the way, and gets chunk
+        me-2-k from the left. So its own chunk comes last, with all other ranks' numbers in it. sums[i] is where
+        the numbers so far of chunk i are kept until they have left: chunks[i] itself, or scratch memory.
+        """
+        arriving = self._segments(chunks, first=self.me - 2)
+        totals = self._segments(sums, first=self.me - 2)
+        boxes = torch.empty(
+            2, max(map(len, arriving), default=0), dtype=chunks[0].dtype, device=chunks[0].device
+        )
+
+        def receive(i: int) -> Transfer | None:
+            return self._receive(boxes[i % 2, : len(arriving[i])], _SUMS) if i < len(arriving) else None
+
+        receives = [receive(0), receive(1)]
+        sends = [self._send(part, _SUMS) for part in self._segments(chunks, first=self.me - 1, steps=1)]
+        num_mine = len(self._segments(chunks, first=self.me, steps=1))
+        for i, (part, total) in enumerate(zip(arriving, totals)):
+            receives[i].wait()
+            torch.add(boxes[i % 2, : len(part)], part, out=total)
+            receives.append(receive(i + 2))
+            if i < len(arriving) - num_mine:
+                sends.append(self._send(total, _SUMS))
+        return sends
+
+    def start_gather(self, chunks: list[torch.Tensor]) -> list[Transfer]:
+        """Start all receives of the all-gather.
+
+        They may point at numbers that are still needed: nothing arrives in chunk i before rank i has all of its
+        sum, hence this rank's numbers too.
+        """
+        return [self._receive(part, _GATHER) for part in self._segments(chunks, first=self.me - 1)]
+
+    def pass_chunks_on(self, chunks: list[torch.Tensor], receives: list[Transfer]) -> list[Transfer]:
+        """All-gather: chunks[i] of rank i reaches all others. Returns the sends, to wait for.
+
+        In step k a rank sends chunk me-k to the right and gets chunk me-1-k from the left.
+        """
+        leaving = self._segments(chunks, first=self.me)
+        num_mine = len(leaving) - len(self._segments(chunks, first=self.me - 1, steps=self.n - 2))
+        sends = [self._send(part, _GATHER) for part in leaving[:num_mine]]
+        for i, receive in enumerate(receives):
+            receive.wait()
+            if num_mine + i < len(leaving):
+                sends.append(self._send(leaving[num_mine + i], _GATHER))
+        return sends
+
+    def _segments(
+        self, chunks: list[torch.Tensor], first: int, steps: int | None = None
+    ) -> list[torch.Tensor]:
+        """The segments of chunk `first`, then those of the chunk before it, and so on, one chunk for each step."""
+        steps = self.n - 1 if steps is None else steps
+        order = [chunks[(first - k) % self.n] for k in range(steps)]
+        return [segment for chunk in order for segment in segments_of(chunk, SEGMENT_BYTES)]
+
+    def _send(self, tensor: torch.Tensor, tag: int) -> Transfer:
+        return isend(tensor, self.right, self.group, tag)
+
+    def _receive(self, tensor: torch.Tensor, tag: int) -> Transfer:
+        return irecv(tensor, self.left, self.group, tag)
+
+
+def _check_sizes(long_name: str, long: torch.Tensor, short_name: str, short: torch.Tensor, n: int) -> None:
+    if long.numel() != n * short.numel() or long.dtype != short.dtype:
+        raise ValueError(
+            f"{long_name} must have {n} times as many elements as {short_name}, one part for each rank, and the "
+            f"same dtype: got {long.numel()} ({long.dtype}) and {short.numel()} ({short.dtype})"
+        )
