@@ -45,7 +45,8 @@ class CellRun:
         self.failure: Failure | None = None
         self.let_go = False
         self._first_sign = self._failed_at = None
-        self._asked = self._shown = 0.0
+        self._asked = self._shown = self._changed_at = 0.0
+        self._at_work = len(kernels)
         self._interrupted: set[int] = set()
         self._live = Live()
 
@@ -100,13 +101,24 @@ class CellRun:
                 self._fail("lost" if (first := _first_to_fail(failed)).lost else "error", first.rank)
         elif unfinished and self.deadline_s is not None and now - self.began > self.deadline_s:
             self._fail("deadline")
-        elif unfinished and all(self._waits(kernel) >= self.timeout_s for kernel in unfinished):
+        elif self._all_wait(unfinished):
             self._fail("deadlock")
 
-    def _waits(self, kernel: RankKernel) -> float:
-        """For how long this rank has waited in a collective, as far as we know."""
-        fresh = time.monotonic() - kernel.cell.where_at < 4 * ASK_EVERY_S
-        return kernel.cell.where.get("waited_s", 0.0) if fresh else 0.0
+    def _all_wait(self, unfinished: list[RankKernel]) -> bool:
+        """Has every rank that is still at work waited for the whole timeout?
+
+        When a rank finishes, the others are about to: only what they say a while later counts.
+        """
+        now = time.monotonic()
+        if len(unfinished) != self._at_work:
+            self._at_work, self._changed_at = len(unfinished), now
+        not_before = max(self._changed_at + 2 * ASK_EVERY_S, now - 4 * ASK_EVERY_S)
+        answers = [
+            kernel.cell.where.get("waited_s", 0.0)
+            for kernel in unfinished
+            if kernel.cell.where_at > not_before
+        ]
+        return 0 < len(unfinished) == len(answers) and min(answers) >= self.timeout_s
 
     def _fail(self, kind: str, rank: int | None = None) -> None:
         self._failed_at = time.monotonic()

@@ -157,7 +157,7 @@ def _source_line(file: str, line: int) -> str:
     """The text of a line, as far as IPython keeps it: its entry can be incomplete while a cell starts."""
     entry = linecache.cache.get(file, ())
     lines = entry[2] if len(entry) > 2 else None
-    return lines[line - 1].strip() if lines and line <= len(lines) else ""
+    return lines[line - 1].strip() if lines and 0 < line <= len(lines) else ""
 
 
 def _is_machinery(file: str) -> bool:
