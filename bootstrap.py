@@ -57,8 +57,8 @@ def fail(message: str):
     sys.exit(f"setup: {message}")
 
 
-def run_logged(what: str, command: list, **env) -> str | None:
-    """Run an installer, show what it does and for how long; its output on failure, None when it worked."""
+def run_logged(what: str, command: list, **env):
+    """Run an installer and show for how long: None when it worked, what it said when it failed."""
     LOG.parent.mkdir(exist_ok=True)
     free_before = shutil.disk_usage(ROOT).free
     start_s, shown_s = time.monotonic(), 0.0
@@ -102,7 +102,7 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def venv_version() -> tuple | None:
+def venv_version():
     """The (major, minor) of .venv's Python; None if there is none that runs."""
     try:
         found = quiet_run([VENV_PYTHON, "-c", "import sys; print(*sys.version_info[:2])"], timeout=60)
@@ -165,7 +165,7 @@ def make_venv():
             explain(output, "installing pip into .venv")
 
 
-def describe(version: tuple | None) -> str:
+def describe(version) -> str:
     return "a Python that does not run" if version is None else f"Python {version[0]}.{version[1]}"
 
 
@@ -190,7 +190,7 @@ def registry() -> dict:
     return {"UV_DEFAULT_INDEX": index[-1]} if index else {}
 
 
-def torch_backend(uv: list, env: dict) -> tuple[list, bool]:
+def torch_backend(uv: list, env: dict) -> tuple:
     """uv's options for this machine's torch build, and whether that build is a CUDA one.
 
     Asks uv for a dry run against torch's own index; where that index cannot be reached, or does not have the
