@@ -4,6 +4,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from workshop_utils import answers, learning, progress_file
+from workshop_utils.own_lines import own_lines_on_rank
 
 IPYTHON_7 = """\
 rank 1 failed after 0.1 s
@@ -89,5 +90,10 @@ def test_the_readers_own_function_runs_on_the_ranks_later(cell, ranks5, capsys):
     assert ranks5.run(own) == [(4, 1), (0, 2), (1, 3), (2, 4), (3, 0)]
 
 
+def test_one_rank_alone_is_not_enough(ranks5, monkeypatch):
+    monkeypatch.setattr(type(ranks5), "__len__", lambda self: 1)
+    assert "Run ranks = start_ranks(4)" in learning.check("0.2", answers.reference("0.2")).text
+
+
 def test_tracebacks_of_colabs_ipython_are_read_too():
-    assert learning.own_lines_on_rank(IPYTHON_7) == "cell, line 8, in neighbours\n"
+    assert own_lines_on_rank(IPYTHON_7) == "cell, line 8, in neighbours\n"

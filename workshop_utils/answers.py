@@ -126,7 +126,9 @@ def stub(exercise_id: str):
 
 def restore(exercise_id: str, cell_source: str, name: str, label: str):
     """Run a kept answer again. Raises CannotRestore, or whatever the source itself raises."""
-    entry = load_exercises()["exercises"][exercise_id]
+    entry = load_exercises()["exercises"].get(exercise_id)
+    if entry is None:
+        raise CannotRestore(f"exercises.json does not have {exercise_id}: run notebooks/build.py")
     source = "\n".join(definitions(cell_source))
     return run_source(with_what_it_needs(source, earlier_definitions(entry)), name, label)
 
@@ -146,7 +148,7 @@ def keepable_source(exercise_id: str, answer) -> tuple[str, str]:
         raise CannotRestore("it is made inside another function")
     source = "\n".join(definitions("".join(lines)))
     if name not in bound_names(source):
-        name = load_exercises()["exercises"][exercise_id]["name"]  # a lambda, or a function of another name
+        name = load_exercises()["exercises"].get(exercise_id, {}).get("name", name)  # a lambda has no name
         if name not in bound_names(source):
             raise CannotRestore(f"its cell does not define `{name}` with `def`, `class` or a lambda")
     try:

@@ -1,6 +1,7 @@
 """A reader's prediction, kept and shown beside the measurement (every notebook, from 00 on)."""
 
 from workshop_utils import progress_file
+from workshop_utils.plotting import INK, MUTED, PAPER
 from workshop_utils.showing import in_notebook
 
 
@@ -55,13 +56,13 @@ def _draw_guess(question: str, guessed: float, measured: float, unit: str) -> No
 
 def plot_guess(axes, guessed: float, measured: float, unit: str = "") -> None:
     """Two bars: the guess (hatched) and the measurement; a log scale where they differ by more than 30 times."""
-    bars = axes.barh(["measured", "your guess"], [measured, guessed], color=["#0072B2", "white"])
-    bars[1].set(hatch="///", edgecolor="#D55E00")
+    bars = axes.barh(["measured", "your guess"], [measured, guessed], color=[INK, PAPER])
+    bars[1].set(hatch="///", edgecolor=MUTED)
     axes.bar_label(bars, [f" {_figure(measured)} {unit}", f" {_figure(guessed)} {unit}"])
     low, high = sorted((abs(guessed), abs(measured)))
     if low > 0 and high / low > 30 and min(guessed, measured) > 0:
         axes.set_xscale("log")
+        axes.set_xlabel("log scale")
         axes.set_xlim(low / 3, high * 10)
     else:
         axes.margins(x=0.25)
-    axes.set_xlabel(unit)

@@ -5,15 +5,12 @@ consists of stands in `exercises.json`; what the reader has done is kept by `pro
 """
 
 import html
-import linecache
 import re
-import sysconfig
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 from workshop_utils import answers, checks, progress_file
 from workshop_utils.guesses import compare_guess, guess
+from workshop_utils.own_lines import own_lines, own_lines_on_rank
 from workshop_utils.showing import display_bundle, show_block, show_markdown
 
 __all__ = [
@@ -28,9 +25,6 @@ __all__ = [
     "progress_report",
     "solution",
 ]
-
-_LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
-_LIBRARIES += [Path(__file__).parent, Path("<frozen importlib")]
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,8 @@ def _running_ranks():
     if current_ranks() is None:
         print("This exercise needs ranks and none is running: starting 4.")
         return start_ranks(4)
+    if len(current_ranks()) < 2:
+        raise checks.Wrong("One rank alone cannot show it. Run ranks = start_ranks(4) and check again.")
     return current_ranks()
 
 
@@ -132,30 +128,6 @@ def _failure_on_ranks(exercise_id: str, error) -> Result:
     kind = last.partition(":")[0]
     title = f"Exercise {exercise_id}: your function raised {kind} on rank {error.rank}."
     return Result("raised", f"{title}\n{error.message}\n{lines}{last}")
-
-
-def own_lines(error: BaseException) -> str:
-    """The error's traceback, reduced to the reader's own lines; "" if it has none."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return "".join(_frame(frame.filename, frame.lineno, frame.name) for frame in frames)
-
-
-def own_lines_on_rank(text: str) -> str:
-    """The same from a traceback that IPython wrote on a rank; what stands in a cell's line is known here only."""
-    frames = re.findall(r"^File (.+):(\d+), in (\w+)", text, re.MULTILINE)  # IPython 8 and later
-    older = re.findall(r"^(\S+) in (\w+)\(.*\)\n(?:(?!-+>).*\n)*-+> (\d+)", text, re.MULTILINE)  # IPython 7
-    frames += [(file, line, name) for file, name, line in older]
-    return "".join(_frame(file, int(line), name) for file, line, name in frames)
-
-
-def _frame(filename: str, line: int, function: str) -> str:
-    """One frame in two lines; "" if it is not the reader's."""
-    if any(str(folder) in filename for folder in _LIBRARIES):
-        return ""
-    in_cell = "ipykernel_" in filename or "ipython-input" in filename
-    where = "cell" if in_cell else Path(filename).name
-    code = linecache.getline(filename, line).strip()
-    return f"{where}, line {line}, in {function}\n" + (f"    {code}\n" if code else "")
 
 
 def _record_check(exercise_id: str, answer, result: Result) -> str:
@@ -252,7 +224,7 @@ def mine(name: str):
         except Exception as error:  # noqa: BLE001  an answer kept long ago may fail in any way
             why = f"your saved answer does not run here: {error}"
     elif kept.get("passed_at"):
-        why = "your answer passed, but it needs more than its own cell"
+        why = "your answer passed, but could not be kept"
     else:
         why = "you have not solved it yet"
     print(f"{label}: the reference solution of exercise {id_} ({why})")

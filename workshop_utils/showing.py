@@ -2,7 +2,7 @@
 
 import html
 
-LOOK = {  # outcome: (sign, colour of the bar beside it); the words say it too
+LOOK = {  # outcome: (sign, colour of the frame); the words say it too
     "passed": ("✓", "#009E73"),
     "not solved": ("○", "#0072B2"),
     "wrong": ("✗", "#D55E00"),
@@ -19,7 +19,7 @@ def show_block(outcome: str, title: str, body: str) -> None:
         f"{html.escape(body)}</pre>"
     )
     markup = (
-        f"<div style='border-left:4px solid {colour};padding:2px 0 2px 8px;margin:4px 0'>"
+        f"<div style='border:2px solid {colour};border-radius:4px;padding:2px 8px;margin:4px 0'>"
         f"<b>{sign} {html.escape(title)}</b>{pre if body else ''}</div>"
     )
     indented = "".join(f"\n  {line}" for line in body.split("\n")) if body else ""
