@@ -1,0 +1,126 @@
+"""Run an answer on the ranks and watch what it sends. For checks of hand-written collectives, notebook 02 on.
+
+Messages are seen at torch.distributed's own send and isend, so an answer may use these or
+`workshop_utils.point_to_point`, which calls them. torch's collectives raise: the answer is to build one.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from workshop_utils.checks import Wrong
+from workshop_utils.ranks import RankError, sub_world
+
+TIMEOUT_S = 5.0  # an answer that hangs is stopped after this
+
+COLLECTIVES = [
+    *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor"),
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "gather", "scatter", "broadcast"),
+    *(
+        "broadcast_object_list",
+        "all_to_all",
+        "all_to_all_single",
+        "all_gather_single",
+        "reduce_scatter_single",
+    ),
+]
+
+
+class NotByHand(RuntimeError):
+    """The answer called the collective that it is to build."""
+
+
+@dataclass
+class Seen:
+    """What one rank did in one case."""
+
+    after: torch.Tensor  # the tensor that the answer was given, as it is now
+    returned: torch.Tensor | None
+    sent: list[tuple[int, int]]  # (receiver, bytes) of each message, in order
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(num_bytes for _, num_bytes in self.sent)
+
+
+def run_watched(ranks, n: int, answer, cases: list[list[torch.Tensor]]) -> list[list[Seen]]:
+    """Call `answer` on ranks 0 to n-1, a world of its own; cases[case][rank] is a rank's tensor.
+
+    Returns seen[case][rank]. RankError if a rank fails, or hangs for TIMEOUT_S.
+    """
+    by_rank = ranks.run(_on_rank, n, answer, cases, timeout_s=TIMEOUT_S)[:n]
+    return [list(case) for case in zip(*by_rank, strict=True)]
+
+
+@contextmanager
+def world_named(n: int):
+    """A complaint from inside says in which world size it was."""
+    try:
+        yield
+    except Wrong as complaint:
+        raise Wrong(f"With world size {n}: {complaint}") from None
+    except RankError as error:
+        error.add(f"The world had {n} {'rank' if n == 1 else 'ranks'}.")
+        raise
+
+
+def _on_rank(n: int, answer, cases: list[list[torch.Tensor]]) -> list[Seen]:
+    with sub_world(n) as inside:
+        return [_one_case(answer, inputs[dist.get_rank()]) for inputs in cases] if inside else []
+
+
+def _one_case(answer, tensor: torch.Tensor) -> Seen:
+    tensor = tensor.clone()
+    with _watched() as sent:
+        returned = answer(tensor)
+    dist.barrier()  # nobody goes on while a message is under way
+    return Seen(tensor, returned if isinstance(returned, torch.Tensor) else None, sent)
+
+
+@contextmanager
+def _watched():
+    """Inside, messages sent are noted as (receiver, bytes), and torch's collectives raise."""
+    sent: list[tuple[int, int]] = []
+    active: list[bool] = []  # not empty inside a send
+    replaced = {name: _noting(getattr(dist, name), sent, active) for name in ("send", "isend")}
+    replaced |= {name: _refusing(name) for name in COLLECTIVES}
+    patches = [
+        patch.object(module, name, function)
+        for module in (dist, dist.distributed_c10d)
+        for name, function in replaced.items()
+        if hasattr(module, name)
+    ]
+    for p in patches:
+        p.start()
+    try:
+        yield sent
+    finally:
+        for p in patches:
+            p.stop()
+
+
+def _noting(original, sent: list, active: list):
+    def noting(tensor, dst=None, *args, **kwargs):
+        if active:  # torch's send calls its isend: one message
+            return original(tensor, dst, *args, **kwargs)
+        receiver = dst if dst is not None else kwargs.get("group_dst")
+        if receiver == dist.get_rank():
+            raise ValueError(f"rank {receiver} sends to itself, in a world of size {dist.get_world_size()}")
+        sent.append((receiver, tensor.numel() * tensor.element_size()))
+        active.append(True)
+        try:
+            return original(tensor, dst, *args, **kwargs)
+        finally:
+            active.pop()
+
+    return noting
+
+
+def _refusing(name: str):
+    def refusing(*_args, **_kwargs):
+        raise NotByHand(f"build it from sends and receives; dist.{name} is not allowed here")
+
+    return refusing

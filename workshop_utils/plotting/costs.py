@@ -1,0 +1,81 @@
+"""What communication costs, as figures: seconds against bytes, and measured beside predicted. Notebook 02 on.
+
+A function draws one figure and returns it. Nothing here belongs to a rank, so no line has a rank's colour.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator
+
+from workshop_utils.plotting import MUTED
+
+_BAR, _MARK = "#44546a", "#d9b84a"
+
+
+def plot_seconds(title: str, lines: dict, points: dict | None = None) -> Figure:
+    """Seconds against bytes, both axes logarithmic. `lines` (predicted) and `points` (measured), by label, are
+    {label: (sizes_bytes, times_s)}; the points of a label get the colour of its line.
+    """
+    points = points or {}
+    figure, ax = plt.subplots(figsize=(7.2, 3.9))
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.18, 1, len(lines)))
+    for (label, (sizes, times)), color in zip(lines.items(), colors):
+        ax.plot(sizes, times, color=color, label=label)
+        if label in points:
+            ax.plot(*points[label], "o", color=color, markeredgecolor="white")
+    ax.set(xscale="log", yscale="log", xlabel="bytes of one rank's tensor, S", ylabel="seconds", title=title)
+    ax.xaxis.set_major_locator(FixedLocator([10**k for k in range(3, 12)]))
+    ax.xaxis.set_major_formatter(lambda size, _: _bytes(size))
+    ax.yaxis.set_major_formatter(lambda time_s, _: _seconds(time_s))
+    ax.grid(True)
+    handles, labels = ax.get_legend_handles_labels()
+    if points:
+        handles.append(Line2D([], [], marker="o", linestyle="none", color=MUTED))
+        labels.append("measured (lines: predicted)")
+    ax.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def plot_predicted_measured(title: str, predicted_s: dict, measured_s: dict) -> Figure:
+    """One bar per label as measured, and a mark where the formula puts it. Both are {label: seconds}."""
+    figure, ax = plt.subplots(figsize=(7.2, 0.9 + 0.42 * len(measured_s)))
+    longest = max([*predicted_s.values(), *measured_s.values()])
+    for row, (label, time_s) in enumerate(measured_s.items()):
+        ax.barh(row, time_s, color=_BAR, height=0.55, label="measured" if row == 0 else None)
+        mark = {"label": "predicted"} if row == 0 else {}
+        ax.plot([predicted_s[label]] * 2, [row - 0.38, row + 0.38], color=_MARK, linewidth=3, **mark)
+        end = max(time_s, predicted_s[label]) + 0.015 * longest
+        ax.text(
+            end,
+            row,
+            f"{_seconds(time_s)}, {time_s / predicted_s[label]:.2f} of predicted",
+            va="center",
+            fontsize=9,
+        )
+    ax.set(
+        yticks=range(len(measured_s)),
+        yticklabels=list(measured_s),
+        xlim=(0, 1.42 * longest),
+        xlabel="seconds",
+        title=title,
+    )
+    ax.invert_yaxis()
+    ax.tick_params(left=False)
+    ax.legend(loc="lower right")
+    return figure
+
+
+def _bytes(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.3g} B"
+
+
+def _seconds(time_s: float) -> str:
+    for unit, factor in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
+        if time_s >= factor:
+            return f"{time_s / factor:.3g} {unit}"
+    return f"{time_s:.3g} s"
