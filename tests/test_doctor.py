@@ -303,6 +303,12 @@ def test_text_and_exit_status(monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("Ready.\n")
 
 
+def test_a_python_without_the_packages_gets_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "workshop_utils.doctor", None)
+    assert command_line.main(["doctor"]) == 1
+    assert "is not the workshop's Python" in capsys.readouterr().out
+
+
 def test_paths_are_short(monkeypatch, tmp_path):
     assert check.short(check.ROOT / ".venv" / "bin" / "python") == ".venv/bin/python"
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -18,8 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_doctor(chosen: argparse.Namespace) -> int:
-    from workshop_utils.doctor import as_json, as_text, run_checks
-
+    try:
+        from workshop_utils.doctor import as_json, as_text, run_checks
+    except ImportError as error:
+        print(
+            f"doctor: {sys.executable} is not the workshop's Python ({error}): make setup, then make doctor"
+        )
+        return 1
     checks = run_checks(quick=chosen.quick)
     print(as_json(checks) if chosen.json else as_text(checks))
     return int(any(check.status == "fail" for check in checks))
