@@ -242,7 +242,7 @@ def progress() -> None:
         for _, lines in _by_notebook()
         for id_, title, state in lines
     )
-    table = f"<table><tr><th>exercise</th><th></th><th>state</th></tr>{rows}</table>"
+    table = f"<table><tr><th>exercise</th><th></th><th style='text-align:left'>state</th></tr>{rows}</table>"
     display_bundle({"text/html": table, "text/plain": progress_report()})
 
 

@@ -15,7 +15,8 @@ LOOK = {  # outcome: (sign, colour of the frame); the words say it too
 def show_block(outcome: str, title: str, body: str) -> None:
     sign, colour = LOOK[outcome]
     pre = (
-        "<pre style='margin:2px 0 0;padding:0;background:none;color:inherit;white-space:pre-wrap'>"
+        "<pre style='margin:2px 0 0;padding:0;background:none;color:inherit;white-space:pre-wrap;"
+        "font-family:var(--jp-code-font-family,monospace)'>"
         f"{html.escape(body)}</pre>"
     )
     markup = (
