@@ -3,13 +3,14 @@
 Shape letters: N images in the data set, B in the batch, D = 784 pixels.
 """
 
-import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
+
+from workshop_utils.showing import in_notebook
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
@@ -56,13 +57,14 @@ def train(
     """
     model.train()
     rates = [group["lr"] for group in optimizer.param_groups]
-    losses = []
+    losses, progress = [], _Progress(steps)
     batches = draw_batches(len(images), batch_size, steps, seed)
     try:
-        for done, batch in enumerate(tqdm(batches, total=steps, file=sys.stdout, leave=False)):
+        for done, batch in enumerate(batches):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 - done / steps)
             losses.append(float(step(model, optimizer, images[batch], labels[batch])))
+            progress.show(done + 1)
     finally:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -82,3 +84,26 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     finally:
         model.train(was_training)
     return right / len(images)
+
+
+class _Progress:
+    """A bar in the notebook, for work of more than half a second. Saved outputs keep its last state only."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.handle = None
+        self.next_s = time.monotonic() + 0.5 if in_notebook() else float("inf")
+
+    def show(self, done: int) -> None:
+        if not (time.monotonic() >= self.next_s or (self.handle and done == self.total)):
+            return
+        from IPython.display import display
+
+        self.next_s = time.monotonic() + 0.3
+        text = f"{done:,} of {self.total:,} steps"
+        bar = f"<progress value='{done}' max='{self.total}'></progress> {text}"
+        bundle = {"text/plain": text, "text/html": bar}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)
