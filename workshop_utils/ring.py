@@ -31,7 +31,7 @@ def ring_all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None = Non
     if ring.n == 1:
         return
     with flat_view(tensor) as flat:
-        chunks = chunks_of(flat, ring.n)
+        chunks = ring.cut(flat)
         receives = ring.start_gather(chunks)
         sends = ring.pass_sums_on(chunks, chunks)
         wait_all(sends + ring.pass_chunks_on(chunks, receives))
@@ -48,13 +48,13 @@ def ring_reduce_scatter(
     """
     ring = _Ring(group)
     _check_sizes("input", input, "output", output, ring.n)
+    if ring.n == 1:
+        output.copy_(input.reshape(output.shape))
+        return
     with flat_view(output) as total:
-        chunks = chunks_of(input.contiguous().view(-1), ring.n)
-        if ring.n == 1:
-            total.copy_(chunks[0])
-            return
-        sums = [torch.empty_like(chunk) for chunk in chunks]
-        sums[ring.me] = total
+        chunks = ring.cut(input.contiguous().view(-1))
+        sums = [[torch.empty_like(segment) for segment in chunk] for chunk in chunks]
+        sums[ring.me] = segments_of(total, SEGMENT_BYTES)
         wait_all(ring.pass_sums_on(chunks, sums))
 
 
@@ -69,10 +69,13 @@ def ring_all_gather(
     ring = _Ring(group)
     _check_sizes("output", output, "input", input, ring.n)
     with flat_view(output) as flat:
-        chunks = chunks_of(flat, ring.n)
+        chunks = ring.cut(flat)
         receives = ring.start_gather(chunks)
-        chunks[ring.me].copy_(input.reshape(-1))
+        flat.view(ring.n, input.numel())[ring.me].copy_(input.reshape(-1))
         wait_all(ring.pass_chunks_on(chunks, receives))
+
+
+Segments = list[torch.Tensor]  # of one chunk
 
 
 class _Ring:
@@ -83,62 +86,60 @@ class _Ring:
         self.n, self.group = len(ranks), group
         self.left, self.right = ranks[self.me - 1], ranks[(self.me + 1) % self.n]
 
-    def pass_sums_on(self, chunks: list[torch.Tensor], sums: list[torch.Tensor]) -> list[Transfer]:
+    def cut(self, flat: torch.Tensor) -> list[Segments]:
+        """n chunks, each of them a list of its segments."""
+        return [segments_of(chunk, SEGMENT_BYTES) for chunk in chunks_of(flat, self.n)]
+
+    def pass_sums_on(self, chunks: list[Segments], sums: list[Segments]) -> list[Transfer]:
         """Reduce-scatter: sums[me] becomes the sum of all ranks' chunks[me]. Returns the sends, to wait for.
 
         In step k a rank sends chunk me-1-k to the right, with all that was added to it on the way, and gets chunk
         me-2-k from the left. So its own chunk comes last, with all other ranks' numbers in it. sums[i] is where
-        the numbers so far of chunk i are kept until they have left: chunks[i] itself, or scratch memory.
+        the sum so far of chunk i stays until it has left: chunks[i] itself, or scratch memory.
         """
-        arriving = self._segments(chunks, first=self.me - 2)
-        totals = self._segments(sums, first=self.me - 2)
-        boxes = torch.empty(
-            2, max(map(len, arriving), default=0), dtype=chunks[0].dtype, device=chunks[0].device
-        )
+        arriving = self._backwards(chunks, first=self.me - 2)
+        totals = self._backwards(sums, first=self.me - 2)
+        boxes = [torch.empty_like(max(arriving, key=len)) for _ in range(2)] if arriving else []
 
         def receive(i: int) -> Transfer | None:
-            return self._receive(boxes[i % 2, : len(arriving[i])], _SUMS) if i < len(arriving) else None
+            return self._receive(boxes[i % 2][: len(arriving[i])], _SUMS) if i < len(arriving) else None
 
         receives = [receive(0), receive(1)]
-        sends = [self._send(part, _SUMS) for part in self._segments(chunks, first=self.me - 1, steps=1)]
-        num_mine = len(self._segments(chunks, first=self.me, steps=1))
-        for i, (part, total) in enumerate(zip(arriving, totals)):
+        sends = [self._send(segment, _SUMS) for segment in chunks[self.me - 1]]
+        for i, (segment, total) in enumerate(zip(arriving, totals)):
             receives[i].wait()
-            torch.add(boxes[i % 2, : len(part)], part, out=total)
+            torch.add(boxes[i % 2][: len(segment)], segment, out=total)
             receives.append(receive(i + 2))
-            if i < len(arriving) - num_mine:
+            if i < len(arriving) - len(chunks[self.me]):
                 sends.append(self._send(total, _SUMS))
         return sends
 
-    def start_gather(self, chunks: list[torch.Tensor]) -> list[Transfer]:
+    def start_gather(self, chunks: list[Segments]) -> list[Transfer]:
         """Start all receives of the all-gather.
 
         They may point at numbers that are still needed: nothing arrives in chunk i before rank i has all of its
         sum, hence this rank's numbers too.
         """
-        return [self._receive(part, _GATHER) for part in self._segments(chunks, first=self.me - 1)]
+        return [self._receive(segment, _GATHER) for segment in self._backwards(chunks, first=self.me - 1)]
 
-    def pass_chunks_on(self, chunks: list[torch.Tensor], receives: list[Transfer]) -> list[Transfer]:
+    def pass_chunks_on(self, chunks: list[Segments], receives: list[Transfer]) -> list[Transfer]:
         """All-gather: chunks[i] of rank i reaches all others. Returns the sends, to wait for.
 
-        In step k a rank sends chunk me-k to the right and gets chunk me-1-k from the left.
+        In step k a rank sends chunk me-k to the right and gets chunk me-1-k from the left, to send it on, except
+        in the last step.
         """
-        leaving = self._segments(chunks, first=self.me)
-        num_mine = len(leaving) - len(self._segments(chunks, first=self.me - 1, steps=self.n - 2))
-        sends = [self._send(part, _GATHER) for part in leaving[:num_mine]]
-        for i, receive in enumerate(receives):
+        leaving = self._backwards(chunks, first=self.me)
+        num_mine = len(chunks[self.me])
+        sends = [self._send(segment, _GATHER) for segment in leaving[:num_mine]]
+        for i, receive in enumerate(receives, start=num_mine):
             receive.wait()
-            if num_mine + i < len(leaving):
-                sends.append(self._send(leaving[num_mine + i], _GATHER))
+            if i < len(leaving):
+                sends.append(self._send(leaving[i], _GATHER))
         return sends
 
-    def _segments(
-        self, chunks: list[torch.Tensor], first: int, steps: int | None = None
-    ) -> list[torch.Tensor]:
-        """The segments of chunk `first`, then those of the chunk before it, and so on, one chunk for each step."""
-        steps = self.n - 1 if steps is None else steps
-        order = [chunks[(first - k) % self.n] for k in range(steps)]
-        return [segment for chunk in order for segment in segments_of(chunk, SEGMENT_BYTES)]
+    def _backwards(self, chunks: list[Segments], first: int) -> list[torch.Tensor]:
+        """The segments of n-1 chunks: of chunk `first`, of the one before it, and so on."""
+        return [segment for k in range(self.n - 1) for segment in chunks[(first - k) % self.n]]
 
     def _send(self, tensor: torch.Tensor, tag: int) -> Transfer:
         return isend(tensor, self.right, self.group, tag)
