@@ -77,9 +77,11 @@ def run_one(path: Path, out: Path, profile: str) -> Result:
             kernel_name="python3",
             progress_bar=False,
             execution_timeout=CELL_LIMIT_S,
+            extra_arguments=["--log-level=ERROR"],  # ipykernel 7.4 warns about every kernel, on loopback too
         )
     except Exception as error:  # noqa: BLE001  whatever a notebook fails with, the next one runs
-        failure = getattr(error, "ename", type(error).__name__)
+        name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
+        failure = f"{name}: {(text.strip().splitlines() or ['no message'])[0]}"
     elapsed_s = time.monotonic() - start_s
     notebook = nbformat.read(executed if executed.exists() else path, as_version=4)
     page, _ = HTMLExporter().from_notebook_node(notebook)

@@ -4,6 +4,7 @@ nbval compares outputs only in cells tagged nbval-check-output (lax); in all oth
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def nbval(notebook: Path, progress: Path):
         cwd=NOTEBOOKS.parent,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.returncode == 0, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)[-6000:]
 
 
 def test_there_are_notebooks():
