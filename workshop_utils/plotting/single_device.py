@@ -36,7 +36,7 @@ def plot_digits(images_ND: Tensor, captions) -> Figure:
     """One row of images [N, D], each under its caption."""
     figure, axes = plt.subplots(1, len(images_ND), figsize=(0.85 * len(images_ND), 1.15), squeeze=False)
     for ax, image, caption in zip(axes[0], images_ND, captions, strict=True):
-        ax.imshow(image.view(28, 28), cmap="gray_r")
+        ax.imshow(image.view(28, 28).numpy(), cmap="gray_r")
         ax.set_title(str(caption), fontsize=10, loc="center", fontweight="normal")
         ax.axis("off")
     return figure
