@@ -44,7 +44,7 @@ figure = plot_digits(data.train_images[firsts], captions=range(10))
 
 # %% [markdown]
 # The network is a *multilayer perceptron* (MLP): matrix products with a nonlinearity between them. It is small, so
-# that every number about it can be checked by hand. The series stays with it until notebook 07.
+# that every number about it can be checked by hand. Much of the series stays with it.
 #
 # Later notebooks import this class from `workshop_utils.models`. Here you read it. Shape letters: `B` images in
 # the batch, `D` = 784 pixels, `H` = 200 hidden units. A layer from $n$ to $m$ units has an $m \times n$ matrix and
@@ -561,6 +561,9 @@ rows_changed = int(((after["scores"] - before["scores"]).abs() > 1e-12).any(dim=
 compare_guess("rows of the scores that change", rows_changed, "of 256")
 
 # %% [markdown]
+# An image reaches its own row of every activation, and all gradients. A weight reaches what comes after it, for
+# every image whose unit is not silenced by the ReLU, and again all gradients: the backward of fc1 goes through fc2.
+#
 # Now poke the update. One entry of one gradient is changed; how many parameters come out different? And in which
 # order are the gradients complete? A hook on each parameter tells. It is given the parameter, not the gradient.
 

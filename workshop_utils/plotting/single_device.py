@@ -235,10 +235,10 @@ def plot_times(times_s: dict[str, list[float]], title: str) -> Figure:
         micros = [1e6 * sample for sample in samples]
         median = statistics.median(micros)
         ax.plot(micros, [row] * len(micros), "o", color=MUTED, alpha=0.25, markersize=4, markeredgewidth=0)
-        ax.plot([median, median], [row - 0.3, row + 0.3], color=INK, linewidth=2.5)
+        ax.plot([median, median], [row - 0.22, row + 0.22], color=INK, linewidth=2.5)
         ax.annotate(
             f"{median:,.0f}",
-            (median, row - 0.3),
+            (median, row - 0.22),
             (0, 1),
             textcoords="offset points",
             ha="center",
@@ -246,7 +246,7 @@ def plot_times(times_s: dict[str, list[float]], title: str) -> Figure:
         )
     every = sorted(1e6 * sample for samples in times_s.values() for sample in samples)
     ax.set_xscale("log")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlim(every[0] / 1.5, every[int(0.98 * (len(every) - 1))] * 1.5)
