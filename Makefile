@@ -21,16 +21,17 @@ setup:  ## make .venv and install the pinned packages (seconds when nothing has 
 	echo "setup: no Python 3.11 to 3.13 that runs (tried: $(CANDIDATES)). Install one, or name yours: make PYTHON=/path/to/python3.13 $(or $(MAKECMDGOALS),setup)" >&2; \
 	exit 1
 
-# Loopback only, with its token; nothing is asked of the outside (updates, news, the extension list).
-LAB_OPTIONS := --ServerApp.ip=127.0.0.1 \
+# Loopback only, with its token; nothing is asked of the outside (updates, news, the extension list). The address
+# it prints leads to the first notebook too, for those whose browser does not open by itself.
+LAB_OPTIONS := --ServerApp.ip=127.0.0.1 --log-level=WARN \
+  --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb \
   --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
   --LabApp.news_url=None --LabApp.extension_manager=readonly
 
 lab: setup  ## a quick check of this machine, then JupyterLab on the first notebook
 	@$(PY) -m workshop_utils doctor --quick || \
 	  echo "The lab opens all the same; notebook 00 shows these checks again."
-	@$(PY) -m jupyterlab notebooks/00_start_here.ipynb $(LAB_OPTIONS) \
-	  $$([ "$$(id -u)" = 0 ] && echo --allow-root)
+	@$(PY) -m jupyterlab $(LAB_OPTIONS) $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py

@@ -258,4 +258,4 @@ def test_lab_listens_on_loopback_and_keeps_its_token():
     """What JupyterLab is started with; a browser test looks at the running one."""
     recipe = make(ROOT, "--dry-run", "lab").stdout
     assert "--ServerApp.ip=127.0.0.1" in recipe and "token" not in recipe and "password" not in recipe
-    assert "doctor --quick" in recipe and "notebooks/00_start_here.ipynb" in recipe
+    assert "doctor --quick" in recipe and "/lab/tree/00_start_here.ipynb" in recipe
