@@ -233,9 +233,6 @@ def _environment(threads: int, config: dict) -> dict:
         "MKL_NUM_THREADS": str(threads),
         # Without this gloo listens on whatever interface the host name resolves to.
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        # All connections at once, not at a pair's first message: a rank that waits for one not made yet has nothing
-        # that could be closed to free it.
-        "TORCH_GLOO_LAZY_INIT": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
     }
     inherited = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "JPY_PARENT_PID")}
