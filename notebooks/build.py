@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import nbformat
+
 from source import Cell, SourceError, collect_exercises, read_source
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ import pkgutil
 import re
 
 import pytest
-import wrong_answers
 
+import wrong_answers
 from workshop_utils import answers, checks, learning
 
 WRONG, RIGHT = {}, {}
