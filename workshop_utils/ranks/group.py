@@ -108,7 +108,9 @@ def sub_world(n: int):
     inside = dist.get_rank() < n
     try:
         if inside:
-            dist.barrier(group)  # a rank that left before all had connected would break the others' connecting
+            dist.barrier(
+                group
+            )  # a rank that left before all had connected would break the others' connecting
             dist.distributed_c10d._update_default_pg(group)
         yield inside
     finally:

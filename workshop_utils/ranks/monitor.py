@@ -46,6 +46,7 @@ class Monitor(threading.Thread):
 
     def cell_begins(self) -> None:
         self._place, self._since, self._cpu = None, time.monotonic(), time.process_time()
+        self.freed = False
         self.busy = True
 
     def send(self, **event) -> None:
@@ -77,6 +78,7 @@ class Monitor(threading.Thread):
         if op == "where":
             self.send(event="where", **self.where())
         elif op == "let_go":
+            self.freed = True
             let_go_of_the_group()
 
     def _sample(self) -> None:

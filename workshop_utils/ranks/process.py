@@ -5,6 +5,7 @@ Cells come over Jupyter's own channels. Everything that must work while a cell h
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -39,6 +40,7 @@ class RankProcess:
         self.shell.user_ns.update(torch=torch, dist=dist, rank=rank, world_size=world_size)
         self.shell.user_ns.update(exit=_no_exit, quit=_no_exit, input=_no_input)
         self.given = set(self.shell.user_ns)
+        self.show_error, self.shell.showtraceback = self.shell.showtraceback, self.showtraceback
         self.shell.events.register("pre_run_cell", self.before_cell)
         self.shell.events.register("post_run_cell", self.after_cell)
 
@@ -59,7 +61,13 @@ class RankProcess:
         self.operations, self.sent_bytes = group.count_operations(), group.sent_bytes()
         self.monitor.cell_begins()
 
+    def showtraceback(self, *args, **kwargs) -> None:
+        """As IPython's, but silent once the cell has failed elsewhere: that error is an echo, and slow to render."""
+        if not self.monitor.freed:
+            self.show_error(*args, **kwargs)
+
     def after_cell(self, result) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to interrupt; the next cell sets it again
         if os.getpid() != self.monitor.pid:
             sys.stdout.flush()
             os._exit(0)  # a child that the cell forked came back here; the kernel's sockets are not its own
@@ -86,7 +94,7 @@ class RankProcess:
         except BaseException as error:  # noqa: BLE001  an interrupt, too, is reported like any other end
             self.call_error = error
             shown = error.__traceback__.tb_next or error.__traceback__  # without this function's own frame
-            self.shell.showtraceback((type(error), error, shown))
+            self.showtraceback((type(error), error, shown))
 
 
 def call(path: str) -> None:

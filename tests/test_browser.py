@@ -1,0 +1,216 @@
+"""What a reader sees: JupyterLab, started by `make lab` in a copy of this tree, driven in headless Chromium.
+
+Screenshots go to build/screenshots, to be looked at.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOTS = ROOT / "build" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(420),
+    pytest.mark.skipif(
+        CHROMIUM is None and "CI" not in os.environ, reason="no Chromium here (CI must have one)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def lab_url(tmp_path_factory):
+    """`make lab` in a copy, so that the reader's Ctrl+S in a test cannot change the committed notebooks."""
+    tree = tmp_path_factory.mktemp("workshop")
+    for name in ("notebooks", "Makefile", "bootstrap.py", "pyproject.toml", "requirements.lock"):
+        source = ROOT / name
+        shutil.copytree(source, tree / name) if source.is_dir() else shutil.copy(source, tree)
+    (tree / "build").mkdir()
+    settings = tree / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    # All cells stay in the page, so that a test can find those out of sight.
+    (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')
+    environment = {
+        "BROWSER": "true",  # a browser that opens nothing
+        "JUPYTERLAB_SETTINGS_DIR": str(tree / "settings"),
+        "JUPYTER_CONFIG_DIR": str(tree / "config"),
+        "IPYTHONDIR": str(tree / "ipython"),
+        "WORKSHOP_PROGRESS": str(tree / "progress"),
+    }
+    # The set-up has been done: `make test` begins with it. `-o setup` keeps it from being repeated for the copy.
+    (tree / ".venv").symlink_to(ROOT / ".venv")
+    log = tree / "lab.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(
+            ["make", "lab", "-o", "setup"],
+            cwd=tree,
+            stdout=out,
+            stderr=out,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+    try:
+        yield _url_in(log, server)
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        time.sleep(0.5)
+        os.killpg(server.pid, signal.SIGINT)  # the second one means: yes, stop
+        try:
+            server.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def _url_in(log: Path, server) -> str:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = re.search(r"http://127\.0\.0\.1:\d+/lab\S*token=\w+", log.read_text(errors="replace"))
+        if found:
+            return found[0]
+        assert server.poll() is None, log.read_text(errors="replace")
+        time.sleep(0.2)
+    raise AssertionError(f"JupyterLab never said where it is:\n{log.read_text(errors='replace')}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+class LabPage:
+    """One notebook, open in JupyterLab."""
+
+    def __init__(self, browser, url: str, notebook: str):
+        base, token = re.match(r"(http://[^/]+)/.*(token=\w+)", url).groups()
+        self.page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+        self.page.goto(f"{base}/lab/tree/{notebook}?{token}&reset")
+        self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
+        self.page.wait_for_selector(".jp-NotebookPanel-toolbar [data-status='idle']", timeout=90_000)
+        self.cells = self.page.locator(".jp-Notebook .jp-CodeCell")
+        seen = 0  # cells are added to the page bit by bit
+        while seen < self.cells.count():
+            seen = self.cells.count()
+            self.page.wait_for_timeout(1000)
+
+    def index_of(self, text: str) -> int:
+        """The number of the first code cell whose source contains `text`."""
+        for i in range(self.cells.count()):
+            if text in self.source(i):
+                return i
+        raise AssertionError(f"no code cell contains {text!r}")
+
+    def source(self, i: int) -> str:
+        lines = self.cells.nth(i).locator(".cm-line").all_text_contents()
+        return "\n".join(lines)
+
+    def replace(self, i: int, source: str) -> None:
+        self.cells.nth(i).locator(".cm-content").click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.insert_text(source)
+
+    def run(self, i: int, timeout_s: float = 90) -> str:
+        """Run a cell with Ctrl+Enter and wait for its end; the text of its outputs."""
+        cell = self.cells.nth(i)
+        cell.locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+        self.wait(i, timeout_s)
+        return self.output(i)
+
+    def run_all(self, timeout_s: float) -> None:
+        self.page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+        self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+        self.wait(self.cells.count() - 1, timeout_s)
+
+    def wait(self, i: int, timeout_s: float) -> None:
+        """Until the cell's prompt shows a number again, instead of a star."""
+        prompt = self.cells.nth(i).locator(".jp-InputPrompt")
+        end = time.monotonic() + timeout_s
+        time.sleep(0.2)
+        while not re.search(r"\d", prompt.text_content()):
+            if time.monotonic() > end:
+                self.shot("stuck")
+                raise AssertionError(f"cell {i} still runs after {timeout_s} s: {self.source(i)}")
+            self.page.wait_for_timeout(100)
+
+    def output(self, i: int) -> str:
+        return "\n".join(self.cells.nth(i).locator(".jp-OutputArea-output").all_text_contents())
+
+    def shot(self, name: str, i: int | None = None) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        target = self.page if i is None else self.cells.nth(i)
+        if i is not None:
+            target.scroll_into_view_if_needed()
+        target.screenshot(path=SHOTS / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def start_here(browser, lab_url):
+    return LabPage(browser, lab_url, "00_start_here.ipynb")
+
+
+def test_the_first_notebook_runs_from_top_to_bottom(start_here):
+    start_here.run_all(timeout_s=120)
+    shown = "\n".join(start_here.output(i) for i in range(start_here.cells.count()))
+    assert "I am rank 3 of 4" in shown
+    assert "not solved yet" in shown and "rank 2 failed" in shown
+    assert (
+        start_here.page.locator(
+            ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']"
+        ).count()
+        == 0
+    )
+    start_here.shot("00-ranks", start_here.index_of("I am rank"))
+    start_here.shot("00-error", start_here.index_of("1 / 0"))
+    start_here.shot("00-check", start_here.index_of('check("0.1"'))
+
+
+def test_an_exercise_is_solved_wrong_then_right(start_here):
+    i = start_here.index_of('check("0.1"')
+    start_here.replace(
+        i, 'def tensor_bytes(tensor):\n    return 4 * tensor.numel()\ncheck("0.1", tensor_bytes)'
+    )
+    assert "expected" in start_here.run(i)
+    start_here.shot("00-wrong", i)
+    right = "def tensor_bytes(tensor):\n    return tensor.nbytes\n"
+    start_here.replace(i, f'{right}check("0.1", tensor_bytes)')
+    assert "passed" in start_here.run(i).lower()
+    start_here.shot("00-right", i)
+
+
+def test_the_stop_button_frees_a_deadlock(start_here):
+    first = start_here.index_of("ranks = start_ranks(4)")
+    start_here.run(first)
+    i = start_here.index_of("I am rank")
+    start_here.replace(i, "%%ranks\nif rank:\n    dist.barrier()")
+    start_here.cells.nth(i).locator(".cm-content").click()
+    start_here.page.keyboard.press("Control+Enter")
+    start_here.page.wait_for_timeout(2500)
+    start_here.shot("00-live", i)
+    assert "waiting" in start_here.output(i)
+    start_here.page.click("[data-command='notebook:interrupt-kernel'], jp-button[title^='Interrupt']")
+    start_here.wait(i, timeout_s=15)
+    assert "all ranks were stopped" in start_here.output(i)
+    start_here.shot("00-interrupted", i)
+    start_here.replace(i, "%%ranks\nx = torch.ones(1)\ndist.all_reduce(x)\nx")
+    assert "tensor([4.])" in start_here.run(i)
+
+
+def test_a_wrong_token_is_refused(browser, lab_url):
+    page = browser.new_context().new_page()
+    page.goto(re.sub(r"token=\w+", "token=wrong", lab_url))
+    assert page.locator("input[type=password]").count() == 1 and page.locator(".jp-Notebook").count() == 0
