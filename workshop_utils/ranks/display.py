@@ -114,7 +114,7 @@ def show_text(text: str) -> None:
     """A report as ordinary output, colours dropped."""
     text = strip_ansi(text)
     _show(
-        f'<pre style="white-space:pre-wrap;border-left:4px solid #b3261e;padding-left:8px">{html.escape(text)}</pre>',
+        f'<pre style="margin:2px 0;white-space:pre-wrap;border-left:4px solid #b3261e;padding-left:8px">{html.escape(text)}</pre>',
         text,
     )
 

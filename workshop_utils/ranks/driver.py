@@ -12,7 +12,7 @@ import cloudpickle
 
 from workshop_utils.ranks.cell_run import CellRun
 from workshop_utils.ranks.display import Live, show_footer, show_outputs
-from workshop_utils.ranks.errors import RankError
+from workshop_utils.ranks.errors import RankError, RanksInterrupted
 from workshop_utils.ranks.kernel import RankKernel
 
 START_S = 120.0  # a slow disk can make the first import of torch take a minute
@@ -239,7 +239,7 @@ class Ranks:
             if stale:
                 error.add(f"Rebuild these, they hold the old process group: {', '.join(stale)}.")
         if run.failure.kind == "interrupt":
-            raise KeyboardInterrupt(error.message)
+            raise RanksInterrupted(error.message)
         raise error
 
 

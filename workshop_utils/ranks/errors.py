@@ -1,4 +1,4 @@
-"""The one exception that the ranks raise in the notebook."""
+"""What the ranks raise in the notebook. Jupyter shows the report, not the frames of this package."""
 
 import re
 
@@ -21,5 +21,11 @@ class RankError(RuntimeError):
         RankError.__init__(self, f"{self.message}\n{line}", rank=self.rank, traceback=self.traceback)
 
     def _render_traceback_(self) -> list[str]:
-        """What Jupyter shows: the report and the rank's own traceback, not the frames of this package."""
         return [f"\x1b[31mRankError\x1b[0m: {self.message}", "", *self.traceback]
+
+
+class RanksInterrupted(KeyboardInterrupt):
+    """The reader pressed the stop button; all ranks have stopped."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"\x1b[31mKeyboardInterrupt\x1b[0m: {self}"]
