@@ -12,7 +12,7 @@ import psutil
 
 from workshop_utils.doctor.check import GB, ROOT, Check
 
-LEAST_MEMORY_GB, GOOD_MEMORY_GB = 2.0, 4.0
+LEAST_MEMORY_GB, GOOD_MEMORY_GB = 2.0, 4.0  # four ranks hold 1.4 GB together before they do anything
 LEAST_DISK_GB = 1.0
 
 
