@@ -65,7 +65,7 @@ def plot_all_reduce_steps(algorithm: str, world_size: int) -> Figure:
     num_steps = len(simulate(algorithm, world_size)) - 1
     left, right, bottom, top = _extent(algorithm, world_size, details=False)
     width, height = 0.47 * (right - left), 0.47 * (top - bottom)
-    columns = max(1, min(3, int(12 // width), num_steps))
+    columns = max(1, min(int(12 // width), -(-num_steps // 2)))  # two rows, one for each half, where they fit
     rows = max(1, -(-num_steps // columns))
     figure = plt.figure(figsize=(width * columns, height * rows), layout="none")
     for index in range(num_steps):
@@ -242,7 +242,7 @@ def _draw_picture(ax, rank: int, world_size: int, picture, height: int, top_valu
     if picture is not None:
         first = 0 if picture.shape[0] == height else rank * height // world_size
         canvas[first : first + picture.shape[0]] = picture
-    ax.imshow(canvas, cmap="gray_r", vmin=0, vmax=top_value)
+    ax.imshow(canvas.numpy(), cmap="gray_r", vmin=0, vmax=top_value)
     ax.set(facecolor=PAPER, xticks=[], yticks=[])
     ax.set_title(f"rank {rank}", color=rank_color(rank), fontsize=8, loc="center", pad=3)
     for side in ax.spines.values():

@@ -1,0 +1,152 @@
+"""The figures of notebook 02 show true states, and no label lies on another."""
+
+from itertools import combinations
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.patches import FancyArrowPatch
+
+from workshop_utils.plotting import PAPER, rank_color, use_style
+from workshop_utils.plotting.all_reduce import (
+    all_reduce_step_figure,
+    describe_step,
+    plot_all_reduce_steps,
+    plot_collective,
+)
+from workshop_utils.plotting.costs import plot_predicted_measured, plot_seconds
+from workshop_utils.schedules import ALGORITHMS, simulate
+
+
+@pytest.fixture(autouse=True)
+def style():
+    use_style()
+    yield
+    plt.close("all")
+
+
+def overlapping_texts(figure) -> list[tuple[str, str]]:
+    """Pairs of texts that lie on each other, and texts that stick out of the figure."""
+    figure.canvas.draw()
+    texts = [t for t in figure.findobj(plt.Text) if t.get_visible() and t.get_text().strip()]
+    texts = [t for t in texts if t.get_figure() is figure]
+    ticks = {
+        t for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for t in axis.get_ticklabels(which="both")
+    }
+    texts = [t for t in texts if t not in ticks]  # ticks beyond the limits exist, and are not drawn
+    boxes = [(t.get_text(), t.get_window_extent()) for t in texts]
+    found = [
+        (a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.padded(-1).overlaps(other.padded(-1))
+    ]
+    page = figure.bbox.padded(1)
+    out = [
+        (text, "outside")
+        for text, box in boxes
+        if box.x0 < page.x0 or box.x1 > page.x1 or box.y0 < page.y0 or box.y1 > page.y1
+    ]
+    return found + out
+
+
+def shown_slots(figure) -> list[str]:
+    """The colours of all slots, rank by rank, chunk by chunk, source by source."""
+    (ax,) = figure.axes
+    return [to_hex(color) for collection in ax.collections for color in collection.get_facecolors()]
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 5])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_step_shows_what_every_rank_holds(algorithm, world_size):
+    for step, snapshot in enumerate(simulate(algorithm, world_size)):
+        expected = [
+            rank_color(source) if times else PAPER
+            for rank in snapshot.held
+            for chunk in rank
+            for source, times in enumerate(chunk)
+        ]
+        assert shown_slots(all_reduce_step_figure(algorithm, world_size, step)) == expected
+
+
+@pytest.mark.parametrize("world_size", [2, 5, 8])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_label_of_a_step_lies_on_another(algorithm, world_size):
+    assert overlapping_texts(all_reduce_step_figure(algorithm, world_size, 1)) == []
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 5])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_message_is_an_arrow_per_chunk(algorithm, world_size):
+    for step, snapshot in enumerate(simulate(algorithm, world_size)):
+        figure = all_reduce_step_figure(algorithm, world_size, step)
+        arrows = [a for a in figure.axes[0].patches if isinstance(a, FancyArrowPatch)]
+        transfers = snapshot.step.transfers if snapshot.step else ()
+        closes_ring = algorithm == "ring" and world_size > 2 and step > 0  # out on the right, in on the left
+        assert len(arrows) == sum(len(t.chunks) for t in transfers) + closes_ring
+
+
+def test_bytes_so_far_stand_under_each_rank():
+    figure = all_reduce_step_figure("ring", 4, 2)
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert texts.count("sent 0.50 S") == texts.count("got 0.50 S") == 4
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "world_size"), [("ring", 4), ("tree", 4), ("halving-doubling", 4), ("tree", 5)]
+)
+def test_all_steps_are_one_figure_without_the_start(algorithm, world_size):
+    figure = plot_all_reduce_steps(algorithm, world_size)
+    assert len(figure.axes) == len(simulate(algorithm, world_size)) - 1
+    assert overlapping_texts(figure) == []
+
+
+def test_a_step_is_told_in_words():
+    assert describe_step("ring", 4, 0) == "Start: each of the 4 ranks holds only its own numbers."
+    words = describe_step("ring", 4, 1)
+    assert words.startswith(
+        "Step 1 of 6: reduce-scatter. Rank 0 sends chunk 3 to rank 1, which adds it. Rank 1"
+    )
+    assert "Complete chunks: rank 0 has 1 of 4" in describe_step("ring", 4, 3)
+    assert "Rank 2 sends everything it holds to rank 0, which adds it." in describe_step("tree", 4, 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_collective_on_pictures(world_size):
+    pictures = list(torch.rand(world_size, 28, 28))
+    strips = [picture.chunk(world_size)[rank] for rank, picture in enumerate(pictures)]
+    gathered = [torch.cat(strips)] + [None] * (world_size - 1)
+    figure = plot_collective("gather to rank 0", strips, gathered, gathered)
+    assert len(figure.axes) == 3 * world_size
+    assert overlapping_texts(figure) == []
+    shown = figure.axes[world_size - 1].images[0].get_array()  # the last rank's strip, and nothing above it
+    rows = 28 // world_size
+    np.testing.assert_allclose(shown[-rows:], strips[-1])
+    assert np.ma.getmaskarray(np.ma.masked_invalid(shown))[:-rows].all()
+
+
+def test_seconds_against_bytes():
+    sizes = [1e3, 1e5, 6.4e7]
+    figure = plot_seconds(
+        "The ring", {"2 ranks": (sizes, [1e-4, 2e-4, 0.1]), "4 ranks": (sizes, [2e-4, 4e-4, 0.2])}, {"4 ranks": (sizes, [3e-4, 5e-4, 0.3])}
+    )  # fmt: skip
+    assert overlapping_texts(figure) == []
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "2 ranks",
+        "4 ranks",
+        "measured (lines: predicted)",
+    ]
+    line, points = ax.lines[1], ax.lines[2]
+    assert line.get_color() is points.get_color() or np.allclose(line.get_color(), points.get_color())
+
+
+def test_predicted_beside_measured():
+    predicted = {"naive": 1.92, "tree": 1.28, "ring": 0.48}
+    figure = plot_predicted_measured(
+        "8 MB", predicted, {name: 1.1 * time_s for name, time_s in predicted.items()}
+    )
+    assert overlapping_texts(figure) == []
+    assert "1.10 of predicted" in figure.axes[0].texts[0].get_text()

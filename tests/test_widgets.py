@@ -1,0 +1,68 @@
+"""The stepper: the slider redraws through the plot function, fast enough to drag."""
+
+import io
+import time
+
+import ipywidgets
+import matplotlib.image
+import numpy as np
+import pytest
+
+from workshop_utils.plotting.all_reduce import all_reduce_step_figure, describe_step
+from workshop_utils.schedules import ALGORITHMS, schedule
+from workshop_utils.widgets import all_reduce_stepper
+
+
+def parts(stepper):
+    slider, picture, words = stepper.children
+    assert isinstance(slider, ipywidgets.IntSlider)
+    return slider, picture, words
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return matplotlib.image.imread(io.BytesIO(png), format="png")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_step_has_its_picture_and_its_words(algorithm, world_size):
+    slider, picture, words = parts(all_reduce_stepper(algorithm, world_size))
+    assert (slider.min, slider.value, slider.max) == (0, 0, len(schedule(algorithm, world_size)))
+    seen = []
+    for step in range(slider.max + 1):
+        slider.value = step
+        assert words.value == describe_step(algorithm, world_size, step)
+        seen.append(picture.value)
+    assert len(set(seen)) == slider.max + 1
+    slider.value = 0
+    assert picture.value == seen[0]
+
+
+def test_the_picture_is_that_of_the_plot_function():
+    slider, picture, _ = parts(all_reduce_stepper("ring", 3))
+    slider.value = 2
+    buffer = io.BytesIO()
+    all_reduce_step_figure("ring", 3, 2).savefig(buffer, format="png", dpi=90)
+    np.testing.assert_array_equal(pixels(picture.value), pixels(buffer.getvalue()))
+
+
+def test_a_step_is_drawn_within_200_ms():
+    slider, _, _ = parts(all_reduce_stepper("ring", 4))
+    times_s = []
+    for step in range(1, slider.max + 1):
+        began_s = time.perf_counter()
+        slider.value = step
+        times_s.append(time.perf_counter() - began_s)
+    assert sorted(times_s)[len(times_s) // 2] < 0.2, times_s
+
+
+def test_the_ground_is_white_in_every_theme():
+    _, picture, _ = parts(all_reduce_stepper("ring", 4))
+    assert pixels(picture.value)[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_what_cannot_be_shown_is_told():
+    with pytest.raises(ValueError, match="world_size must be at least 2, got 1"):
+        all_reduce_stepper("ring", 1)
+    with pytest.raises(ValueError, match="unknown algorithm 'star': choose one of naive"):
+        all_reduce_stepper("star", 4)
