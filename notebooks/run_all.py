@@ -102,6 +102,9 @@ def key_figures(notebook) -> str:
     """What the cells tagged "key-figures" printed."""
     cells = [cell for cell in notebook.cells if "key-figures" in cell.metadata.get("tags", [])]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    outputs = [
+        output for output in outputs if "image/png" not in output.get("data", {})
+    ]  # the page shows those
     texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
     return "\n".join(text.rstrip() for text in texts if text.strip())
 

@@ -51,6 +51,16 @@ def test_exit_status(monkeypatch, failure, status):
     assert run_all.main() == status
 
 
+def test_a_figure_is_left_to_the_page():
+    new = nbformat.v4
+    picture = new.new_output(
+        "display_data", data={"image/png": "AAAA", "text/plain": "<Figure size 550x143>"}
+    )
+    outputs = [new.new_output("stream", text="98.1%\n"), picture]
+    cell = new.new_code_cell(metadata={"tags": ["key-figures"]}, outputs=outputs)
+    assert run_all.key_figures(new.new_notebook(cells=[cell])) == "98.1%"
+
+
 def test_nothing_to_run_is_said(monkeypatch, capsys):
     monkeypatch.setattr(run_all, "run_all", lambda *_: [])
     monkeypatch.setenv("WORKSHOP_PROGRESS", "")
