@@ -54,8 +54,8 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
 
-bench: setup  ## measure our collectives beside gloo's and write the tables to benchmarks/
-	@for script in benchmarks/*.py; do $(PY) "$$script" || exit 1; done
+bench: setup  ## measure our collectives beside gloo's and write the table to benchmarks/
+	@$(PY) benchmarks/run.py
 
 doctor: setup  ## is this machine ready? Every failing line names its cure
 	@$(PY) -m workshop_utils doctor
