@@ -722,23 +722,34 @@ def measure_ring(world_sizes, sizes_bytes, rounds):
 
 
 # %% tags=["nbval-ignore-output"]
+import json
+from importlib import resources
+
+
+def show_fit(title, rows):
+    """Fit α and β to rows of (world size, bytes, seconds), and draw formula and rows."""
+    worlds, sizes, times_s = zip(*rows)
+    link = fit_link(sizes, times_s, worlds, "ring")
+    off = [abs(s / shared_all_reduce_s("ring", b, n, link) - 1) for n, b, s in rows]
+    print(
+        f"{title}: alpha = {link.latency_s * 1e6:.0f} µs, 1 / beta = {link.bandwidth_bytes_per_s / 1e9:.2f} GB/s"
+    )
+    print(f"measured differs from predicted by {statistics.median(off):.0%} (median), {max(off):.0%} at most")
+    curve, lines, points = [1e3 * 2**k for k in range(17)], {}, {}
+    for n in sorted(set(worlds)):
+        lines[f"{n} ranks"] = curve, [shared_all_reduce_s("ring", size, n, link) for size in curve]
+        points[f"{n} ranks"] = zip(*[(b, s) for m, b, s in rows if m == n])
+    return link, plot_seconds(title, lines, points)
+
+
 rounds = 7 if PROFILE == "quick" else 31
 sizes_bytes = [1_000, 8_000, 64_000, 512_000, 4_000_000, 16_000_000]
-rows = ranks.run(measure_ring, (2, 3, 4), sizes_bytes, rounds)[0]
-worlds, measured_bytes, measured_s = zip(*rows)
-loopback = fit_link(measured_bytes, measured_s, worlds, "ring")
-print(f"alpha = {loopback.latency_s * 1e6:.0f} µs per message")
-print(f"beta  = 1 / ({loopback.bandwidth_bytes_per_s / 1e9:.2f} GB/s), the whole loopback")
-errors = [abs(s / shared_all_reduce_s("ring", b, n, loopback) - 1) for n, b, s in rows]
-print(
-    f"measured differs from predicted by {statistics.median(errors):.0%} (median), {max(errors):.0%} at most"
-)
+loopback, figure = show_fit("The ring here, now", ranks.run(measure_ring, (2, 3, 4), sizes_bytes, rounds)[0])
 
-sizes, lines, points = [1e3 * 2**k for k in range(17)], {}, {}  # 1 KB to 64 MB
-for n in (2, 3, 4, 8):
-    lines[f"{n} ranks"] = sizes, [shared_all_reduce_s("ring", size, n, loopback) for size in sizes]
-    points[f"{n} ranks"] = [b for m, b, _ in rows if m == n], [s for m, _, s in rows if m == n]
-figure = plot_seconds("The ring on this machine", lines, points)
+# %% tags=["nbval-ignore-output"]
+recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_ring.json").read_text())
+print("recorded with", recorded["command"], "on", recorded["machine"])
+_, figure = show_fit("The ring, recorded on 2 cores", recorded["rows"])
 
 # %% [markdown]
 # The shape is the formula's: flat where α decides, straight where β does. It is not exact. Where more ranks run than
