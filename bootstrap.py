@@ -5,6 +5,7 @@ failure ends in one line that names the cure; what the installer said is in buil
 """
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -20,6 +21,10 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".workshop-setup"
 LOCK = ROOT / "requirements.lock"
 LOG = ROOT / "build" / "setup.log"
+LAB_SETTINGS = VENV / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+
+# JupyterLab in this .venv asks nobody for news, and does not ask the reader whether it may.
+QUIET_LAB = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False}}
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # a test compares them with pyproject.toml and the Makefile
 GB = 10**9
@@ -97,7 +102,7 @@ def explain(output: str, what: str):
 def fingerprint() -> str:
     """What an installation depends on: the pins, the package's metadata, the place, the Python."""
     digest = hashlib.sha256(f"{ROOT} {sys.version_info[:2]}".encode())
-    for path in (LOCK, ROOT / "pyproject.toml"):
+    for path in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -248,6 +253,8 @@ def main():
     size = "about 6 GB unpacked, CUDA included" if is_cuda else "about 1.3 GB unpacked"
     print(f"setup: installing the pinned packages ({size})", flush=True)
     install(uv, env, backend)
+    LAB_SETTINGS.parent.mkdir(parents=True, exist_ok=True)
+    LAB_SETTINGS.write_text(json.dumps(QUIET_LAB, indent=2))
     STAMP.write_text(fingerprint())
     print(f"setup: ready after {time.monotonic() - start_s:.0f} s")
 

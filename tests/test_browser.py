@@ -210,8 +210,69 @@ def test_the_stop_button_frees_a_deadlock(start_here):
     assert "tensor([4.])" in start_here.run(i)
 
 
+def test_nothing_asks_the_reader_for_permission_to_phone_home(start_here):
+    assert start_here.page.locator(".Toastify__toast").count() == 0
+
+
 def test_a_wrong_token_is_refused(browser, lab_url):
     page = browser.new_context().new_page()
     page.goto(re.sub(r"token=\w+", "token=wrong", lab_url))
     page.wait_for_selector("input[type=password]", timeout=30_000)
     assert page.locator(".jp-Notebook").count() == 0
+
+
+@pytest.fixture(scope="module")
+def all_reduce(browser, lab_url):
+    page = LabPage(browser, lab_url, "02_all_reduce.ipynb")
+    page.run_all(timeout_s=300)
+    return page
+
+
+def test_the_all_reduce_notebook_shows_its_cells_and_no_error(all_reduce):
+    errors = all_reduce.page.locator("[data-mime-type='application/vnd.jupyter.error']")
+    assert errors.count() == 0
+    i = all_reduce.index_of("dist.send(torch.tensor")
+    assert "rank 0 sent tensor([3., 1., 4.])" in all_reduce.output(i)
+    all_reduce.shot("02-ranks", i)
+    assert "in recv (from rank 3)" in all_reduce.output(all_reduce.index_of("--expect-error"))
+
+
+def test_the_slider_steps_through_the_ring(all_reduce):
+    i = all_reduce.index_of("all_reduce_stepper")
+    cell = all_reduce.cells.nth(i)
+    cell.scroll_into_view_if_needed()
+    picture, handle = cell.locator("img.widget-image"), cell.locator(".noUi-handle")
+    before = picture.get_attribute("src")
+    all_reduce.shot("02-stepper-start", i)
+    start = handle.bounding_box()
+    all_reduce.page.mouse.move(start["x"] + start["width"] / 2, start["y"] + start["height"] / 2)
+    all_reduce.page.mouse.down()
+    all_reduce.page.mouse.move(start["x"] + 400, start["y"] + start["height"] / 2, steps=8)
+    all_reduce.page.mouse.up()
+    changed(all_reduce.page, picture, before)
+    all_reduce.page.wait_for_timeout(1500)  # until the last of the steps that it was dragged over is drawn
+    assert handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax") == "6.0"
+    all_reduce.shot("02-stepper-end", i)
+    last = picture.get_attribute("src")
+    handle.focus()
+    all_reduce.page.keyboard.press("ArrowLeft")
+    changed(all_reduce.page, picture, last)
+    assert handle.get_attribute("aria-valuenow") == "5.0"
+
+
+def changed(page, picture, before: str) -> None:
+    """Wait until the widget shows another picture; the limit is for a machine that is busy with other things."""
+    end = time.monotonic() + 20
+    while picture.get_attribute("src") == before:
+        assert time.monotonic() < end, "the slider moved, and the picture stayed"
+        page.wait_for_timeout(50)
+
+
+def test_a_wrong_ring_is_told_what_is_wrong_with_it(all_reduce):
+    i = all_reduce.index_of('check("2.1"')
+    wrong = "def pass_right(tensor):\n    return tensor\ncheck('2.1', pass_right)"
+    all_reduce.run(all_reduce.index_of("ranks = start_ranks(4)"))
+    all_reduce.replace(i, wrong)
+    words = all_reduce.run(i)
+    assert "not right yet" in words and "expected" in words and "rank" in words
+    all_reduce.shot("02-wrong", i)

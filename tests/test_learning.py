@@ -544,3 +544,13 @@ def test_free_names_are_the_globals_that_are_read():
         "    return [g() for x in range(k)]\nclass C(Base):\n    n: int = size\n    def m(self):\n        return f, C, self.n"
     )
     assert answers.free_names(source) == {"default", "other", "k", "Base", "size"}
+
+
+def test_a_not_implemented_error_of_torch_is_not_the_stub(capsys):
+    import torch
+
+    def answer(tensor):
+        return torch.nn.functional.cross_entropy(torch.tensor([1, 2]), torch.ones(2, 3))
+
+    result = learning.check("0.1", answer)
+    assert result.outcome == "raised"
