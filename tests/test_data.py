@@ -211,6 +211,7 @@ def test_mirrors_are_torchvisions():
     assert mnist_download.SMALL_FILE in [name for name, _ in MNIST.resources]
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_less_than_ten_seconds_and_only_once(
     cache, black_hole, monkeypatch, capsys
 ):

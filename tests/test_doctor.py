@@ -315,6 +315,7 @@ def test_paths_are_short(monkeypatch, tmp_path):
     assert check.short(tmp_path / ".cache") == "~/.cache"
 
 
+@pytest.mark.slow
 def test_a_real_run_reports_every_check_as_json():
     done = subprocess.run(
         [sys.executable, "-m", "workshop_utils", "doctor", "--json"],
