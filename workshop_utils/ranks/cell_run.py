@@ -20,7 +20,8 @@ from workshop_utils.ranks.kernel import RankKernel
 
 GRACE_S = 0.2  # after the first sign of failure: others may be about to tell the real cause
 INTERRUPT_AFTER_S = 1.0
-# After an interrupt or deadline all have stopped within 3 s. Otherwise nobody waits, and a busy machine gets time.
+# After an interrupt all have stopped within 3 s. Otherwise nobody waits at the button, and a busy machine gets time:
+# four ranks that were freed at once on two cores can need 3 s to write their first traceback.
 KILL_AFTER_S, KILL_AFTER_FAILURE_S = 2.4, 10.0
 SHOW_AFTER_S = 1.0
 ASK_EVERY_S = 0.25
@@ -149,7 +150,8 @@ class CellRun:
             if now - self._failed_at >= patience and kernel.rank not in self._interrupted:
                 self._interrupted.add(kernel.rank)
                 kernel.interrupt()
-        if now - self._failed_at >= patience + (KILL_AFTER_S if at_once else KILL_AFTER_FAILURE_S):
+        kill_after = KILL_AFTER_S if self.failure.kind == "interrupt" else KILL_AFTER_FAILURE_S
+        if now - self._failed_at >= patience + kill_after:
             self._kill(unfinished)
 
     def _kill(self, unfinished: list[RankKernel]) -> None:
