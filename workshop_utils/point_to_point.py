@@ -9,22 +9,18 @@ ranks that both call `send` first wait for each other for ever.
 """
 
 import os
-import shutil
 import socket
 import struct
-import tempfile
-import time
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from workshop_utils.network import Link
+from workshop_utils.network_card import NetworkCard, open_mailboxes
 
 FASTEST_EMULATED_BYTES_PER_S = (
     250e6  # 2 Gb/s. One rank's share of the loopback is about 1 GB/s, less when all send.
@@ -171,16 +167,19 @@ def _connection_bytes() -> dict[int, tuple[int, int]] | None:
                 inode = os.fstat(sock.fileno()).st_ino
         except OSError:
             continue  # closed since it was listed
-        if len(info) < 208:
+        if len(info) < 216:
             return None  # a kernel before 4.19 does not tell
-        # struct tcp_info in linux/tcp.h: tcpi_bytes_received at 128, tcpi_bytes_sent at 200
-        found[inode] = (struct.unpack_from("Q", info, 200)[0], struct.unpack_from("Q", info, 128)[0])
+        # struct tcp_info in linux/tcp.h: tcpi_bytes_received; tcpi_notsent_bytes, which wait in the buffer;
+        # tcpi_bytes_sent and tcpi_bytes_retrans. A byte that was sent again counts once.
+        (received,), (waiting,) = struct.unpack_from("Q", info, 128), struct.unpack_from("I", info, 144)
+        sent, sent_again = struct.unpack_from("QQ", info, 200)
+        found[inode] = (sent - sent_again + waiting, received)
     return found
 
 
 # ----------------------------------------------------------------------------- a slower link
 
-_card: "_NetworkCard | None" = None
+_card: NetworkCard | None = None
 
 
 @contextmanager
@@ -201,7 +200,7 @@ def emulate_link(link: Link) -> Iterator[None]:
             f"cannot emulate {link.bandwidth_bytes_per_s * 8e-9:g} Gb/s: this machine's loopback is hardly faster. "
             "Emulate 2 Gb/s (250e6 bytes/s) or less; for faster links predict with the formulas in network.py."
         )
-    outer, _card = _card, _NetworkCard(link, *_open_mailboxes())
+    outer, _card = _card, NetworkCard(link, *open_mailboxes())
     try:
         yield
     finally:
@@ -209,109 +208,6 @@ def emulate_link(link: Link) -> Iterator[None]:
         _card = outer
 
 
-class _NetworkCard:
-    """This rank's card. Each message is announced in the receiver's mailbox, a file, before it is sent.
-
-    An announcement says when the first byte arrives. Once that moment has passed on the receiver, all earlier
-    announcements are in the mailbox, so the queue at the receiver's card is known, in whatever order the
-    receiver waits for the messages.
-    """
-
-    def __init__(self, link: Link, inbox: int, outboxes: list[int]):
-        self.link, self.inbox, self.outboxes = link, inbox, outboxes
-        self.egress_free_s = self.ingress_free_s = 0.0
-        self.posted: Counter = Counter()  # (source, channel): receives started
-        self.announced: dict = defaultdict(
-            list
-        )  # (source, channel): messages in the order in which they were sent
-        self.queue: list[_Message] = []  # announced, not yet through the card
-
-    def send(self, num_bytes: int, dst: int, channel: int) -> Callable[[], None]:
-        """Put a message into the outgoing queue; the function returned sleeps until it has left the card."""
-        start_s = max(time.monotonic(), self.egress_free_s)
-        end_s = self.egress_free_s = start_s + num_bytes / self.link.bandwidth_bytes_per_s
-        fields = (dist.get_rank(), channel, start_s + self.link.latency_s, num_bytes)
-        os.write(self.outboxes[dst], _ANNOUNCEMENT.pack(*fields))
-        return lambda: _sleep_until(end_s)
-
-    def receive(self, src: int, channel: int) -> Callable[[], None]:
-        """Expect the next message of `src`; the function returned sleeps until all of it is through the card."""
-        key = (src, channel)
-        number = self.posted[key]
-        self.posted[key] += 1
-        return lambda: self._deliver(key, number)
-
-    def _deliver(self, key: tuple[int, int], number: int) -> None:
-        self._read_inbox()
-        if number >= len(self.announced[key]):
-            raise RuntimeError(
-                f"rank {key[0]} sent this message outside emulate_link: let both sides enter it"
-            )
-        message = self.announced[key][number]
-        _sleep_until(message.arrives_s)
-        self._read_inbox()
-        self.queue.sort(key=lambda m: m.arrives_s)
-        while message.delivered_s is None:
-            first = self.queue.pop(0)
-            begin_s = max(first.arrives_s, self.ingress_free_s)
-            first.delivered_s = self.ingress_free_s = (
-                begin_s + first.num_bytes / self.link.bandwidth_bytes_per_s
-            )
-        _sleep_until(message.delivered_s)
-
-    def _read_inbox(self) -> None:
-        while record := os.read(self.inbox, _ANNOUNCEMENT.size):
-            src, channel, arrives_s, num_bytes = _ANNOUNCEMENT.unpack(record)
-            message = _Message(arrives_s, num_bytes)
-            self.announced[src, channel].append(message)
-            self.queue.append(message)
-
-    def close(self) -> None:
-        for mailbox in (self.inbox, *self.outboxes):
-            os.close(mailbox)
-
-
-@dataclass
-class _Message:
-    arrives_s: float  # when the first byte is at the receiver's card
-    num_bytes: int
-    delivered_s: float | None = None  # when the last byte is through it
-
-
-_ANNOUNCEMENT = struct.Struct("<qQdq")  # 32 bytes: never across two pages of a file, so never half written
-
-
-def _open_mailboxes() -> tuple[int, list[int]]:
-    """One file per rank in a private folder, removed from the file system as soon as all ranks hold it open."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    path = torch.zeros(1024, dtype=torch.uint8)
-    ack = torch.zeros(1)
-    if rank == 0:
-        folder = tempfile.mkdtemp(prefix="mailboxes-")
-        for r in range(world_size):
-            Path(folder, str(r)).touch()
-        path[: len(os.fsencode(folder))] = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8)
-        for r in range(1, world_size):
-            dist.send(path, r)
-    else:
-        dist.recv(path, 0)
-        folder = os.fsdecode(bytes(path.tolist()).rstrip(b"\0"))
-    inbox = os.open(Path(folder, str(rank)), os.O_RDONLY)
-    outboxes = [os.open(Path(folder, str(r)), os.O_WRONLY | os.O_APPEND) for r in range(world_size)]
-    if rank == 0:
-        for r in range(1, world_size):
-            dist.recv(ack, r)
-        shutil.rmtree(folder)
-    else:
-        dist.send(ack, 0)
-    return inbox, outboxes
-
-
 def _channel(group: dist.ProcessGroup | None, tag: int) -> int:
     """A number for messages that are matched in order: the same on both sides."""
     return zlib.crc32(f"{(group or dist.group.WORLD).group_name}/{tag}".encode())
-
-
-def _sleep_until(moment_s: float) -> None:
-    while (left_s := moment_s - time.monotonic()) > 0:
-        time.sleep(left_s)
