@@ -338,4 +338,6 @@ def test_committed_notebooks_hold_no_widgets():
 def test_links_between_notebooks_lead_somewhere():
     for path in (ROOT / "notebooks/src").glob("*.py"):
         for target in re.findall(r"\]\(([\w/.-]+\.ipynb)\)", path.read_text(encoding="utf-8")):
-            assert (ROOT / "notebooks/src" / target).with_suffix(".py").exists(), f"{path.name} links {target}"
+            assert (ROOT / "notebooks/src" / target).with_suffix(".py").exists(), (
+                f"{path.name} links {target}"
+            )

@@ -6,7 +6,6 @@ Runs inside a rank. Notebook 02 teaches what a process group is.
 import os
 import socket
 import stat
-import sys
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -57,18 +56,6 @@ def connected_sockets() -> list[socket.socket]:
         else:
             sock.close()
     return found
-
-
-def sent_bytes() -> int | None:
-    """Bytes that gloo has sent from this rank so far, by the kernel's count; None where it does not tell."""
-    if not sys.platform.startswith("linux"):
-        return None
-    total = 0
-    for sock in connected_sockets():
-        with sock:
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 208)
-        total += int.from_bytes(info[200:208], sys.byteorder)  # tcpi_bytes_sent, since Linux 4.19
-    return total
 
 
 def count_operations() -> int:

@@ -87,20 +87,22 @@ class RankKernel:
             )
         self.process = self.manager.provisioner.process
         self.pid: int = self.process.pid
-        self.client = self.manager.blocking_client()
-        self.session = self.client.session
+        self.session = self.manager.session
+        self.channels: dict[str, zmq.Socket] = {}
 
     # -- what arrives
 
     def connect(self) -> None:
         """Open Jupyter's channels and wait until output really comes through (a subscription takes a moment)."""
-        self.client.start_channels(stdin=False, hb=False)
+        manager = self.manager
+        self.channels["shell"], self.channels["iopub"] = manager.connect_shell(), manager.connect_iopub()
+        self.channels["control"] = manager.connect_control()
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
-            self.client.kernel_info()
+            self._send("shell", "kernel_info_request", {})
             until = time.monotonic() + 0.5
             while time.monotonic() < until:
-                if self.client.iopub_channel.socket.poll(20) and self._receive("iopub"):
+                if self.channels["iopub"].poll(20) and self._receive("iopub"):
                     self._drain()
                     return
         raise RuntimeError(f"rank {self.rank} started, but its output never arrived")
@@ -114,15 +116,14 @@ class RankKernel:
                     quiet_since = time.monotonic()
 
     def _receive(self, channel: str) -> dict | None:
-        sock = getattr(self.client, f"{channel}_channel").socket
         try:
-            _, message = self.session.recv(sock, mode=zmq.NOBLOCK)
+            _, message = self.session.recv(self.channels[channel], mode=zmq.NOBLOCK)
         except ValueError:  # a message with a bad signature is nobody's business here
             return None
         return message
 
     def sockets(self) -> list:
-        return [self.pair, self.client.iopub_channel.socket, self.client.shell_channel.socket]
+        return [self.pair, self.channels["iopub"], self.channels["shell"]]
 
     def read(self) -> None:
         """Take in everything that has arrived."""
@@ -168,7 +169,14 @@ class RankKernel:
     # -- what is sent
 
     def execute(self, code: str) -> None:
-        self.cell = CellState(self.client.execute(code, allow_stdin=False, stop_on_error=False))
+        options = {"silent": False, "store_history": True, "user_expressions": {}}
+        options |= {"allow_stdin": False, "stop_on_error": False}
+        self.cell = CellState(self._send("shell", "execute_request", {"code": code, **options}))
+
+    def _send(self, channel: str, kind: str, content: dict) -> str:
+        message = self.session.msg(kind, content)
+        self.session.send(self.channels[channel], message)
+        return message["header"]["msg_id"]
 
     def ask(self, op: str) -> None:
         with contextlib.suppress(
@@ -210,10 +218,8 @@ class RankKernel:
         return how + (". Its last words: " + " / ".join(lines) if lines else "")
 
     def ask_to_end(self) -> None:
-        if not self.lost:
-            message = self.session.msg("shutdown_request", {"restart": False})
-            with contextlib.suppress(RuntimeError, zmq.ZMQError):  # never connected: `end` kills it
-                self.client.control_channel.send(message)
+        if not self.lost and "control" in self.channels:  # one that never connected is killed by `end`
+            self._send("control", "shutdown_request", {"restart": False})
 
     def end(self, deadline: float) -> None:
         """Wait for the process until `deadline` (monotonic seconds), then kill it and whatever it forked."""
@@ -222,7 +228,8 @@ class RankKernel:
         self.kill()
         self.process.wait()
         self.pair.close()
-        self.client.stop_channels()
+        for channel in self.channels.values():
+            channel.close(linger=0)
         self.manager.cleanup_resources()
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from ipykernel.kernelapp import IPKernelApp
 
+from workshop_utils.point_to_point import gloo_bytes_sent
 from workshop_utils.ranks import group
 from workshop_utils.ranks.monitor import Monitor
 
@@ -58,7 +59,7 @@ class RankProcess:
 
     def before_cell(self, *_info) -> None:
         self.call_error = None
-        self.operations, self.sent_bytes = group.count_operations(), group.sent_bytes()
+        self.operations, self.sent_bytes = group.count_operations(), gloo_bytes_sent()
         self.monitor.cell_begins()
 
     def showtraceback(self, *args, **kwargs) -> None:
@@ -73,7 +74,7 @@ class RankProcess:
             os._exit(0)  # a child that the cell forked came back here; the kernel's sockets are not its own
         self.monitor.busy = False
         error = result.error_before_exec or result.error_in_exec or self.call_error
-        sent_bytes = group.sent_bytes()
+        sent_bytes = gloo_bytes_sent()
         self.monitor.send(
             event="done",
             at=time.monotonic(),  # one clock for all processes of a machine
