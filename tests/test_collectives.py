@@ -5,6 +5,7 @@ bfloat16 adds them exactly, so results are compared with `equal`; one test compa
 """
 
 import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -410,21 +411,28 @@ def test_six_to_eight_ranks():
 
 
 def test_collectives_are_made_of_sends_and_receives_only():
-    allowed = {"ProcessGroup", "get_process_group_ranks", "get_rank", "get_world_size", "group"}
-    transport = {"isend", "irecv", "send", "recv"}
+    questions = {
+        "ProcessGroup",
+        "Work",
+        "get_global_rank",
+        "get_group_rank",
+        "get_process_group_ranks",
+        "get_rank",
+    }
+    allowed = questions | {"get_world_size", "group", "send", "recv"}
+    forbidden = {
+        name
+        for name in dir(dist.ProcessGroup)
+        if re.search("reduce|broadcast|gather|scatter|all|barrier", name)
+    }
+    assert {"allreduce", "broadcast", "reduce_scatter", "alltoall"} <= forbidden
     for module in (collectives, ring, pieces, point_to_point, network_card):
-        tree = ast.parse(Path(module.__file__).read_text())
-        used = {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "dist"
-        }
-        assert used <= (allowed | transport if module in (point_to_point, network_card) else allowed), (
-            module.__name__
-        )
-        names = {
+        tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        of_dist = {a.attr for a in attributes if isinstance(a.value, ast.Name) and a.value.id == "dist"}
+        assert of_dist <= allowed, module.__name__
+        assert not {a.attr for a in attributes} & forbidden, module.__name__
+        imports = {
             alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
         }
-        assert "distributed" not in names
+        assert "distributed" not in imports

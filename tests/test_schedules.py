@@ -76,22 +76,22 @@ def messages_of(n: int, all_reduce_) -> list:
     Element i of rank r holds 10**r + i * 10**6: a sum of k ranks' numbers tells which ranks, and which element.
     """
     messages = []
-    original = dist.isend
+    original = dist.ProcessGroup.send
 
-    def noting(tensor, dst, *args, **kwargs):
-        values = tensor.flatten().tolist()
+    def noting(group, tensors, dst, *args):
+        values = tensors[0].flatten().tolist()
         ranks_in = {tuple(int(digit) for digit in reversed(f"{v % 10**6:05d}")) for v in values}
         assert len(ranks_in) == 1, f"one message, several states: {ranks_in}"
         sources = ranks_in.pop()
         elements = [v // 10**6 // sum(sources) for v in values]
         assert elements == list(range(elements[0], elements[0] + len(elements)))
         messages.append((dst, elements[0], elements[-1] + 1, sources[:n]))
-        return original(tensor, dst, *args, **kwargs)
+        return original(group, tensors, dst, *args)
 
     with sub_world(n) as inside:
         if inside:
             tensor = 10 ** dist.get_rank() + 10**6 * torch.arange(NUM_ELEMENTS)
-            with patch.object(dist, "isend", noting):
+            with patch.object(dist.ProcessGroup, "send", noting):
                 all_reduce_(tensor)
     return messages
 

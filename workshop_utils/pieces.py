@@ -43,12 +43,13 @@ def edges_of(num_elements: int, n: int) -> list[int]:
 
 def chunks_of(flat: torch.Tensor, n: int) -> list[torch.Tensor]:
     """n pieces of `flat`, in order; some are empty if there are fewer elements than n."""
-    return [flat[low:high] for low, high in pairwise(edges_of(len(flat), n))]
+    return [flat[low:high] for low, high in pairwise(edges_of(flat.numel(), n))]
 
 
 def segments_of(chunk: torch.Tensor, segment_bytes: int) -> list[torch.Tensor]:
     """Pieces of at most `segment_bytes`; none if the chunk is empty."""
-    return list(chunk.split(max(1, segment_bytes // chunk.element_size()))) if len(chunk) else []
+    num_elements = max(1, segment_bytes // chunk.element_size())
+    return list(chunk.split(num_elements)) if chunk.numel() else []
 
 
 def wait_all(transfers: Iterable[Transfer]) -> None:

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,29 +39,18 @@ class Traffic:
 class Transfer:
     """A message under way. `wait()` returns when it is done; after a receive, the tensor then holds the message."""
 
-    def __init__(self, work, tensor: torch.Tensor, buffer: torch.Tensor, received: bool, sleep=None):
-        self._work, self._tensor, self._buffer, self._received, self._sleep = (
-            work,
-            tensor,
-            buffer,
-            received,
-            sleep,
-        )
+    __slots__ = ("_after", "_work")
+
+    def __init__(self, work: dist.Work, after: Callable[[], None] | None = None):
+        self._work, self._after = work, after
 
     def wait(self) -> None:
         """Wait for the message. A second call returns at once."""
-        if self._work is None:
-            return
-        self._work.wait()
-        self._work = None
-        if self._sleep is not None:
-            self._sleep()
-        if self._received:
-            for traffic in _counting:
-                traffic.bytes_received += self._buffer.nbytes
-            if self._buffer is not self._tensor:
-                self._tensor.copy_(self._buffer)
-        self._tensor = self._buffer = None
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+            if self._after is not None:
+                self._after()
 
 
 def send(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> None:
@@ -76,25 +65,48 @@ def recv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None,
 
 def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to send. Leave `tensor` as it is until `wait()` has returned."""
-    tensor = tensor.detach()
-    buffer = tensor.contiguous()
-    until_sent = _card.send(buffer.nbytes, dst, _channel(group, tag)) if _card is not None else None
-    work = dist.isend(buffer, dst, group, tag)
-    for traffic in _counting:
-        traffic.bytes_sent += buffer.nbytes
-        traffic.messages_sent += 1
-    return Transfer(work, tensor, buffer, False, until_sent)
+    group = group or dist.group.WORLD
+    return start_send(tensor, dist.get_group_rank(group, dst), group, tag)
 
 
 def irecv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to receive. `tensor` holds the message once `wait()` has returned."""
-    tensor = tensor.detach()
+    group = group or dist.group.WORLD
+    return start_recv(tensor, dist.get_group_rank(group, src), group, tag)
+
+
+def start_send(tensor: torch.Tensor, place: int, group: dist.ProcessGroup, tag: int) -> Transfer:
+    """`isend` to the rank at this place in the group. For ring.py: every Python call between messages costs it."""
+    if _card is None and not _counting and tensor.is_contiguous():
+        return Transfer(group.send([tensor], place, tag))
+    tensor = tensor.contiguous()
+    until_sent = _card.send(tensor.nbytes, *_line(group, place, tag)) if _card is not None else None
+    work = group.send([tensor], place, tag)
+    for traffic in _counting:
+        traffic.bytes_sent += tensor.nbytes
+        traffic.messages_sent += 1
+    return Transfer(work, until_sent)
+
+
+def start_recv(tensor: torch.Tensor, place: int, group: dist.ProcessGroup, tag: int) -> Transfer:
+    """`irecv` from the rank at this place in the group."""
+    if _card is None and not _counting and tensor.is_contiguous():
+        return Transfer(group.recv([tensor], place, tag))
     buffer = (
         tensor if tensor.is_contiguous() else torch.empty_like(tensor, memory_format=torch.contiguous_format)
     )
-    work = dist.irecv(buffer, src, group, tag)
-    until_delivered = _card.receive(src, _channel(group, tag)) if _card is not None else None
-    return Transfer(work, tensor, buffer, True, until_delivered)
+    work = group.recv([buffer], place, tag)
+    until_delivered = _card.receive(*_line(group, place, tag)) if _card is not None else None
+
+    def after() -> None:
+        if until_delivered is not None:
+            until_delivered()
+        for traffic in _counting:
+            traffic.bytes_received += buffer.nbytes
+        if buffer is not tensor:
+            tensor.detach().copy_(buffer)
+
+    return Transfer(work, after)
 
 
 # ----------------------------------------------------------------------------- counting
@@ -208,6 +220,6 @@ def emulate_link(link: Link) -> Iterator[None]:
         _card = outer
 
 
-def _channel(group: dist.ProcessGroup | None, tag: int) -> int:
-    """A number for messages that are matched in order: the same on both sides."""
-    return zlib.crc32(f"{(group or dist.group.WORLD).group_name}/{tag}".encode())
+def _line(group: dist.ProcessGroup, place: int, tag: int) -> tuple[int, int]:
+    """The other rank, and a number that both sides give to what is matched in order: one group and tag."""
+    return dist.get_global_rank(group, place), zlib.crc32(f"{group.group_name}/{tag}".encode())

@@ -1,7 +1,7 @@
 """Run an answer on the ranks and watch what it sends. For checks of hand-written collectives, notebook 02 on.
 
-Messages are seen at torch.distributed's own send and isend, so an answer may use these or
-`workshop_utils.point_to_point`, which calls them. torch's collectives raise: the answer is to build one.
+Messages are seen where all sends meet, at the process group, so an answer may use torch.distributed's or those of
+`workshop_utils.point_to_point`. torch's collectives raise: the answer is to build one.
 """
 
 from contextlib import contextmanager
@@ -84,15 +84,14 @@ def _one_case(answer, tensor: torch.Tensor) -> Seen:
 def _watched():
     """Inside, messages sent are noted as (receiver, bytes), and torch's collectives raise."""
     sent: list[tuple[int, int]] = []
-    active: list[bool] = []  # not empty inside a send
-    replaced = {name: _noting(getattr(dist, name), sent, active) for name in ("send", "isend")}
-    replaced |= {name: _refusing(name) for name in COLLECTIVES}
+    replaced = {name: _refusing(name) for name in COLLECTIVES}
     patches = [
         patch.object(module, name, function)
         for module in (dist, dist.distributed_c10d)
         for name, function in replaced.items()
         if hasattr(module, name)
     ]
+    patches.append(patch.object(dist.ProcessGroup, "send", _noting(dist.ProcessGroup.send, sent)))
     for p in patches:
         p.start()
     try:
@@ -102,19 +101,13 @@ def _watched():
             p.stop()
 
 
-def _noting(original, sent: list, active: list):
-    def noting(tensor, dst=None, *args, **kwargs):
-        if active:  # torch's send calls its isend: one message
-            return original(tensor, dst, *args, **kwargs)
-        receiver = dst if dst is not None else kwargs.get("group_dst")
+def _noting(original, sent: list):
+    def noting(group, tensors, dst, *args):
+        receiver = dist.get_global_rank(group, dst)
         if receiver == dist.get_rank():
             raise ValueError(f"rank {receiver} sends to itself, in a world of size {dist.get_world_size()}")
-        sent.append((receiver, tensor.numel() * tensor.element_size()))
-        active.append(True)
-        try:
-            return original(tensor, dst, *args, **kwargs)
-        finally:
-            active.pop()
+        sent.append((receiver, sum(tensor.nbytes for tensor in tensors)))
+        return original(group, tensors, dst, *args)
 
     return noting
 
