@@ -8,20 +8,24 @@ from workshop_utils.ranks import driver
 
 
 @pytest.fixture(scope="session")
-def _five_ranks():
-    """Five ranks, started once: `sub_world(n)` makes any smaller world of them."""
-    ranks = driver.start_ranks(5)
-    yield ranks
-    ranks.stop()
+def _sets():
+    """The five ranks of this session: started at first use, and anew if a test's own `start_ranks` ended them."""
+    sets: list[driver.Ranks] = []
+    yield sets
+    for ranks in sets:
+        ranks.stop()
 
 
 @pytest.fixture
-def ranks5(_five_ranks, monkeypatch):
-    """Five live ranks, brought back if a test lost one. Also what `current_ranks()` returns meanwhile."""
-    if any(kernel.lost for kernel in _five_ranks.kernels):
-        _five_ranks.restart()
-    monkeypatch.setattr(driver, "_current", _five_ranks)
-    return _five_ranks
+def ranks5(_sets, monkeypatch):
+    """Five live ranks: `sub_world(n)` makes any smaller world of them. Also what `current_ranks()` returns."""
+    if not _sets or not _sets[-1].kernels:
+        _sets.append(driver.start_ranks(5))
+    ranks = _sets[-1]
+    if any(kernel.lost for kernel in ranks.kernels):
+        ranks.restart()
+    monkeypatch.setattr(driver, "_current", ranks)
+    return ranks
 
 
 def pytest_terminal_summary(terminalreporter):
