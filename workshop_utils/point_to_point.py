@@ -8,9 +8,6 @@ A send is finished when its receiver has posted the matching receive and the byt
 ranks that both call `send` first wait for each other for ever.
 """
 
-import os
-import socket
-import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from workshop_utils.connections import connection_bytes
 from workshop_utils.network import Link
 from workshop_utils.network_card import NetworkCard, open_mailboxes
 
@@ -143,7 +141,7 @@ def wire_bytes() -> Iterator[WireBytes]:
     The kernel counts, per connection, so other processes do not disturb it. Every message costs gloo some headers
     on top of the payload, 50 to 150 bytes. Linux only: elsewhere RuntimeError, `count_traffic()` works everywhere.
     """
-    before = _connection_bytes()
+    before = connection_bytes()
     if before is None:
         raise RuntimeError(
             "wire_bytes() cannot know: only Linux says what each connection carried. "
@@ -151,7 +149,7 @@ def wire_bytes() -> Iterator[WireBytes]:
         )
     counted = WireBytes()
     yield counted
-    after = _connection_bytes()
+    after = connection_bytes()
     counted.bytes_sent, counted.bytes_received = (
         sum(total[i] - before.get(key, (0, 0))[i] for key, total in after.items()) for i in (0, 1)
     )
@@ -159,34 +157,8 @@ def wire_bytes() -> Iterator[WireBytes]:
 
 def gloo_bytes_sent() -> int | None:
     """Bytes sent so far by the TCP connections that this process holds now; None where the system does not tell."""
-    connections = _connection_bytes()
+    connections = connection_bytes()
     return None if connections is None else sum(sent for sent, _ in connections.values())
-
-
-def _connection_bytes() -> dict[int, tuple[int, int]] | None:
-    """{inode: (bytes sent, bytes received)} of this process's TCP connections over loopback."""
-    if not hasattr(socket, "TCP_INFO") or not os.path.isdir("/proc/self/fd"):
-        return None
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(name))) as sock:
-                if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
-                    continue
-                info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                inode = os.fstat(sock.fileno()).st_ino
-        except OSError:
-            continue  # closed since it was listed
-        if len(info) < 216:
-            return None  # a kernel before 4.19 does not tell
-        # struct tcp_info in linux/tcp.h: tcpi_bytes_received; tcpi_notsent_bytes, which wait in the buffer;
-        # tcpi_bytes_sent and tcpi_bytes_retrans. A byte that was sent again counts once.
-        (received,), (waiting,) = struct.unpack_from("Q", info, 128), struct.unpack_from("I", info, 144)
-        sent, sent_again = struct.unpack_from("QQ", info, 200)
-        found[inode] = (sent - sent_again + waiting, received)
-    return found
 
 
 # ----------------------------------------------------------------------------- a slower link

@@ -3,14 +3,14 @@
 Runs inside a rank. Notebook 02 teaches what a process group is.
 """
 
-import os
 import socket
-import stat
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import nn
+
+from workshop_utils.connections import loopback_connections
 
 # By name, so that a rank which never used them does not import them.
 _HOLDERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeviceMesh", "ProcessGroup"}
@@ -32,30 +32,9 @@ def let_go_of_the_group() -> None:
     Destroying the group does not do it: a blocked call holds a reference to the group, and so may the reader's
     objects. Closed connections end the wait on both sides, whoever holds what.
     """
-    for sock in connected_sockets():
-        with sock, suppress(OSError):  # the peer may have closed it first
+    for sock in loopback_connections():
+        with suppress(OSError):  # the peer may have closed it first
             sock.shutdown(socket.SHUT_RDWR)
-
-
-def connected_sockets() -> list[socket.socket]:
-    """Duplicates of this process's TCP connections over loopback. On a rank they are gloo's."""
-    found = []
-    for name in os.listdir("/dev/fd"):
-        try:
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            sock = socket.socket(fileno=os.dup(int(name)))
-        except OSError:
-            continue  # closed since it was listed
-        host = ""
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            with suppress(OSError):  # a listener has no peer
-                host = sock.getpeername()[0]
-        if host == "::1" or host.startswith(("127.", "::ffff:127.")):
-            found.append(sock)
-        else:
-            sock.close()
-    return found
 
 
 def count_operations() -> int:
