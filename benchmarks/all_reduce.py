@@ -1,24 +1,16 @@
-"""Our four all-reduces beside gloo's own, from 1 KB to 64 MB on 4 ranks.
+"""Our four all-reduces beside gloo's own, from 1 KB to 64 MB on 4 ranks."""
 
-`python benchmarks/all_reduce.py` also records the ring alone on 2, 3, 4 and 8 ranks, for notebook 02 to show:
-eight ranks and large tensors take longer to measure than a reader should wait.
-"""
-
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-import workshop_utils
 from workshop_utils import collectives, start_ranks, sub_world
 
 TITLE = "All-reduce: ours beside gloo's"
 WORLD_SIZE = 4
 SIZES_BYTES = [1_000, 8_000, 64_000, 256_000, 1_000_000, 4_000_000, 8_000_000, 16_000_000, 64_000_000]
-RECORD = Path(workshop_utils.__file__).parent / "recorded_all_reduce.json"
 
 
 def contestants() -> dict:
@@ -77,24 +69,3 @@ def take_turns(world_size: int, names: list[str], size_bytes: int, rounds: int) 
                 all_reduce_(tensor)
                 times_s[name].append(time.perf_counter() - began_s)
     return {name: times[2:] for name, times in times_s.items()}  # the first two rounds warm up
-
-
-def record() -> None:
-    """Write the ring's medians on 2, 3, 4 and 8 ranks into the package."""
-    from run import machine
-
-    rows = []
-    with start_ranks(8) as ranks:
-        for n in (2, 3, 4, 8):
-            for size in SIZES_BYTES:
-                rows.append([n, size, round(statistics.median(measure(ranks, n, ["ring"], size)["ring"]), 7)])
-    columns = ["world_size", "size_bytes", "median_s"]
-    found = {"made_by": "python benchmarks/all_reduce.py", "machine": machine().split("\n\n")[1]}
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    head = json.dumps(found | {"columns": columns}, indent=1).removesuffix("\n}")
-    RECORD.write_text(f'{head},\n "rows": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
-    print(f"written to {RECORD}")
-
-
-if __name__ == "__main__":
-    record()
