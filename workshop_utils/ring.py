@@ -20,8 +20,11 @@ from workshop_utils.pieces import chunks_of, flat_view, members, segments_of, wa
 from workshop_utils.point_to_point import Transfer, start_recv, start_send
 
 SEGMENT_BYTES = 4 * 2**20
+BOXES_BYTES = (
+    8 * 2**20
+)  # where sums arrive: room for two of the largest segments, or for all of a smaller tensor's
 _SUMS, _GATHER = 0, 1  # tags: receives of the second half are started while the first is still under way
-_kept = threading.local()  # .boxes
+_kept = threading.local()  # .memory
 
 
 @torch.no_grad()
@@ -103,15 +106,15 @@ class _Ring:
         """
         arriving = self._backwards(chunks, first=self.me - 2)
         totals = self._backwards(sums, first=self.me - 2)
-        boxes = _boxes_for(arriving)
+        num_boxes, boxes = _boxes_for(arriving)
         num_passed_on = len(arriving) - len(chunks[self.me])
-        receives = [start_recv(box, self.left, self.group, _SUMS) for box in boxes[:2]]
+        receives = [start_recv(box, self.left, self.group, _SUMS) for box in boxes[:num_boxes]]
         sends = [start_send(segment, self.right, self.group, _SUMS) for segment in chunks[self.me - 1]]
         for i, (segment, total, box) in enumerate(zip(arriving, totals, boxes)):
             receives[i].wait()
             torch.add(box, segment, out=total)
-            if i + 2 < len(boxes):
-                receives.append(start_recv(boxes[i + 2], self.left, self.group, _SUMS))
+            if i + num_boxes < len(boxes):
+                receives.append(start_recv(boxes[i + num_boxes], self.left, self.group, _SUMS))
             if i < num_passed_on:
                 sends.append(start_send(total, self.right, self.group, _SUMS))
         return sends
@@ -146,14 +149,17 @@ class _Ring:
         return [segment for k in range(self.n - 1) for segment in chunks[(first - k) % self.n]]
 
 
-def _boxes_for(arriving: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Where each of these segments arrives, to be added: two pieces of memory in turn, kept for the next call."""
+def _boxes_for(arriving: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
+    """How many boxes there are, and in which of them each segment arrives, to be added. They are used in turn."""
     if not arriving:
-        return []
-    if getattr(_kept, "boxes", None) is None or _kept.boxes.shape[1] < SEGMENT_BYTES:
-        _kept.boxes = torch.empty(2, max(SEGMENT_BYTES, 16), dtype=torch.uint8)
-    pair = _kept.boxes.view(arriving[0].dtype)
-    return [pair[i % 2, : segment.numel()] for i, segment in enumerate(arriving)]
+        return 0, []
+    size = (max(segment.nbytes for segment in arriving) + 63) // 64 * 64  # each box begins a cache line
+    count = max(2, BOXES_BYTES // size)
+    if getattr(_kept, "memory", None) is None or _kept.memory.nbytes < count * size:
+        _kept.memory = torch.empty(max(BOXES_BYTES, count * size), dtype=torch.uint8)
+    starts = [i % count * size for i in range(len(arriving))]
+    boxes = [_kept.memory[start : start + s.nbytes].view(s.dtype) for start, s in zip(starts, arriving)]
+    return count, boxes
 
 
 def _check_sizes(long_name: str, long: torch.Tensor, short_name: str, short: torch.Tensor, n: int) -> None:
