@@ -7,7 +7,9 @@ upper bound on a time is tried up to five times, and a lower bound must hold eac
 import os
 import socket
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,6 +345,25 @@ def test_the_link_is_gone_after_the_block(ranks5):
     results = [ranks5.run(leave_by_an_exception) for _ in range(3)]
     assert min(max(time_s for time_s, _ in by_rank) for by_rank in results) < 0.04
     assert all(new_files <= 0 for by_rank in results for _, new_files in by_rank)
+
+
+def enter_alone() -> None:
+    if dist.get_rank() == 0:
+        with emulate_link(LINK):
+            pass
+    elif dist.get_rank() == 1:
+        raise KeyError("never entered")
+
+
+def test_a_failed_entry_leaves_no_files(ranks5):
+    def folders():
+        return set(Path(tempfile.gettempdir()).glob("mailboxes-*"))
+
+    before = folders()
+    with pytest.raises(RankError, match="never entered"):
+        ranks5.run(enter_alone)
+    assert folders() <= before
+    assert_within(0.102, lambda: duration_s(ranks5.run(exchange, LINK, [(1, 0)], MB)))
 
 
 def receive_inside_what_was_sent_outside() -> None:

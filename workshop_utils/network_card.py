@@ -8,7 +8,6 @@ Ranks of one machine share a clock (CLOCK_MONOTONIC), so a sender can say when i
 """
 
 import os
-import shutil
 import struct
 import tempfile
 import time
@@ -95,29 +94,34 @@ _CONTROL = 2**31 - 1  # a tag of its own: what the reader has sent and not yet r
 
 
 def open_mailboxes() -> tuple[int, list[int]]:
-    """One file per rank in a private folder, removed from the file system as soon as all ranks hold it open."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    path = torch.zeros(1024, dtype=torch.uint8)
-    ack = torch.zeros(1)
-    if rank == 0:
-        folder = tempfile.mkdtemp(prefix="mailboxes-")
-        for r in range(world_size):
+    """This rank's mailbox to read, and all ranks' to write to: files in a private folder of rank 0.
+
+    The folder is removed as soon as all ranks hold the files open, or if that fails.
+    """
+    rank, others = dist.get_rank(), range(1, dist.get_world_size())
+    path, ready = torch.zeros(1024, dtype=torch.uint8), torch.zeros(1)
+    if rank != 0:
+        dist.recv(path, 0, tag=_CONTROL)
+        mailboxes = _open_in(os.fsdecode(bytes(path.tolist()).rstrip(b"\0")))
+        dist.send(ready, 0, tag=_CONTROL)
+        return mailboxes
+    with tempfile.TemporaryDirectory(prefix="mailboxes-") as folder:
+        for r in (0, *others):
             Path(folder, str(r)).touch()
         path[: len(os.fsencode(folder))] = torch.tensor(list(os.fsencode(folder)), dtype=torch.uint8)
-        for r in range(1, world_size):
+        for r in others:
             dist.send(path, r, tag=_CONTROL)
-    else:
-        dist.recv(path, 0, tag=_CONTROL)
-        folder = os.fsdecode(bytes(path.tolist()).rstrip(b"\0"))
-    inbox = os.open(Path(folder, str(rank)), os.O_RDONLY)
-    outboxes = [os.open(Path(folder, str(r)), os.O_WRONLY | os.O_APPEND) for r in range(world_size)]
-    if rank == 0:
-        for r in range(1, world_size):
-            dist.recv(ack, r, tag=_CONTROL)
-        shutil.rmtree(folder)
-    else:
-        dist.send(ack, 0, tag=_CONTROL)
-    return inbox, outboxes
+        mailboxes = _open_in(folder)
+        for r in others:
+            dist.recv(ready, r, tag=_CONTROL)
+    return mailboxes
+
+
+def _open_in(folder: str) -> tuple[int, list[int]]:
+    inbox = os.open(Path(folder, str(dist.get_rank())), os.O_RDONLY)
+    return inbox, [
+        os.open(Path(folder, str(r)), os.O_WRONLY | os.O_APPEND) for r in range(dist.get_world_size())
+    ]
 
 
 def _sleep_until(moment_s: float) -> None:
