@@ -46,14 +46,15 @@ def test_the_picture_is_that_of_the_plot_function():
     np.testing.assert_array_equal(pixels(picture.value), pixels(buffer.getvalue()))
 
 
-def test_a_step_is_drawn_within_200_ms():
+def test_a_step_is_drawn_while_the_reader_waits():
+    """About 0.1 s on an idle machine; the limit is there to catch a redraw that became something else."""
     slider, _, _ = parts(all_reduce_stepper("ring", 4))
     times_s = []
     for step in range(1, slider.max + 1):
         began_s = time.perf_counter()
         slider.value = step
         times_s.append(time.perf_counter() - began_s)
-    assert sorted(times_s)[len(times_s) // 2] < 0.2, times_s
+    assert sorted(times_s)[len(times_s) // 2] < 1.0, times_s
 
 
 def test_the_ground_is_white_in_every_theme():
