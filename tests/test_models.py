@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from workshop_utils.models import MLP
+from workshop_utils.models import MLP, SmallViT
 
 
 def test_mlp_has_the_papers_number_of_parameters():
@@ -34,3 +34,12 @@ def test_the_notebook_shows_the_class_that_later_notebooks_import():
     imported = MLP()
     shown.load_state_dict(imported.state_dict())
     assert shown(images).equal(imported(images))
+
+
+def test_vit_takes_the_same_images_and_every_parameter_gets_a_gradient():
+    model = SmallViT()
+    assert sum(p.numel() for p in model.parameters()) == 211_338
+    scores = model(torch.rand(5, 784))
+    assert scores.shape == (5, 10)
+    nn.functional.cross_entropy(scores, torch.arange(5)).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())

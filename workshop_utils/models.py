@@ -1,4 +1,4 @@
-"""The networks that the notebooks train. Notebook 01 writes the MLP inline; later ones import it.
+"""The networks that the notebooks train. Notebook 01 writes the MLP inline; later ones import it; 04 brings the ViT.
 
 No model knows that it is parallel: data parallelism, sharding, LoRA and subspaces wrap it from outside.
 
@@ -22,3 +22,31 @@ class MLP(nn.Module):
         h_BH = self.fc1(images_BD).relu()
         h_BH = self.fc2(h_BH).relu()
         return self.fc3(h_BH)
+
+
+class SmallViT(nn.Module):
+    """torchvision's vision transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), small enough for a CPU.
+
+    An image is cut into 16 patches of 7 x 7; `layers` encoder blocks of `width` features, 4 heads.
+    """
+
+    def __init__(self, layers: int = 4, width: int = 64):
+        from torchvision.models import VisionTransformer  # takes 2 s to import, and the MLP needs none of it
+
+        super().__init__()
+        self.vit = VisionTransformer(
+            image_size=28,
+            patch_size=7,
+            num_layers=layers,
+            num_heads=4,
+            hidden_dim=width,
+            mlp_dim=4 * width,
+            num_classes=10,
+        )
+        nn.init.trunc_normal_(
+            self.vit.heads.head.weight, std=0.02
+        )  # torchvision's zeros: no gradient behind them
+
+    def forward(self, images_BD: Tensor) -> Tensor:
+        """Images [B, 784], floats in 0..1, to class scores [B, 10]. The three colour channels get the same grey."""
+        return self.vit(images_BD.view(-1, 1, 28, 28).expand(-1, 3, -1, -1))
