@@ -1,4 +1,4 @@
-"""This process's own TCP connections over loopback: on a rank they are gloo's, as Jupyter uses Unix sockets.
+"""This process's own TCP connections: on a rank they are gloo's, as Jupyter uses Unix sockets.
 
 What each has carried, by the operating system's count, is the bytes on the wire of notebook 02. Closing them is how
 `ranks` frees a rank that waits in a collective.
@@ -13,7 +13,14 @@ from contextlib import suppress
 
 
 def loopback_connections() -> Iterator[socket.socket]:
-    """A duplicate of each connection, closed again when the next is asked for; the connection stays open."""
+    """A duplicate of each connection within this machine. Each is closed again when the next is asked for."""
+    for sock, peer in _connections():
+        if peer == "::1" or peer.startswith(("127.", "::ffff:127.")):
+            yield sock
+
+
+def _connections() -> Iterator[tuple[socket.socket, str]]:
+    """A duplicate of each connection, and the address at its other end. The connection itself stays open."""
     for name in os.listdir("/dev/fd"):
         try:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
@@ -22,8 +29,8 @@ def loopback_connections() -> Iterator[socket.socket]:
         except OSError:
             continue  # closed since it was listed
         with sock:
-            if _peer(sock) == "::1" or _peer(sock).startswith(("127.", "::ffff:127.")):
-                yield sock
+            if peer := _peer(sock):
+                yield sock, peer
 
 
 def _peer(sock: socket.socket) -> str:
@@ -38,7 +45,7 @@ def connection_bytes() -> dict[int, tuple[int, int]] | None:
     if not hasattr(socket, "TCP_INFO") or not os.path.isdir("/proc"):
         return None
     found = {}
-    for sock in loopback_connections():
+    for sock, _ in _connections():
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         if len(info) < 216:
             return None  # a kernel before 4.19 does not tell

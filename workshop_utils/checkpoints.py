@@ -1,0 +1,125 @@
+"""Checkpoints of a training run: whole, written in one piece, the same for every strategy. Notebook 03 uses them.
+
+A checkpoint is one file, `step_00000040.pt`, with the state of model and optimizer as one process would have it.
+So a run that was sharded over four ranks can go on with two, or with one. Rank 0 writes and reads; the others get
+their part from it. A file appears under its name only when all of it is on the disk, and the newest two are kept:
+whatever is killed, and whenever, there is one to go on from.
+
+For models that no single host can hold, torch.distributed.checkpoint writes a file per rank instead (notebook 04).
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+KEEP = 2
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get an empty one
+
+
+class CheckpointError(RuntimeError):
+    """A folder or a checkpoint cannot be used. The message is one line that says what to do."""
+
+
+def save_checkpoint(folder: Path, step: int, settings: dict, model, optimizer) -> None:
+    """Write the state after `step` steps. `settings` are those that a run which goes on from here has to share."""
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHOLE)
+    if _rank() == 0:
+        content = {"step": step, "settings": settings, "model": model_state, "optimizer": optimizer_state}
+        target = folder / f"step_{step:08}.pt"
+        unfinished = target.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+        for old in _newest_first(folder)[KEEP:]:
+            old.unlink()
+
+
+def load_newest(folder: Path, settings: dict, model, optimizer) -> int:
+    """Bring model and optimizer to the newest checkpoint in `folder`; return its step, 0 where there is none.
+
+    Raises CheckpointError, on all ranks, where the folder cannot be written or the checkpoint is of another run.
+    A file that cannot be read is passed over with a warning.
+    """
+    found: dict = {}
+    if _rank() == 0:
+        try:
+            found = _read_newest(folder, settings)
+        except CheckpointError as error:
+            found = {"error": str(error)}
+    has = _from_rank_0({key: found[key] for key in ("step", "error") if key in found})
+    if "error" in has:
+        raise CheckpointError(has["error"])
+    if has["step"]:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=found.get("model", {}),
+            optim_state_dict=found.get("optimizer", {}),
+            options=options,
+        )
+    return has["step"]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A hash of all parameters and buffers, equal if every bit is. All ranks must call; it is rank 0's that counts."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(get_model_state_dict(model, options=_WHOLE).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_newest(folder: Path, settings: dict) -> dict:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to {folder} ({error.strerror}): choose another --checkpoint-dir"
+        ) from None
+    for file in _newest_first(folder):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            theirs = content["settings"]
+        except Exception as error:  # noqa: BLE001  a damaged file can fail in any way
+            print(f"train: passing over {file}, which cannot be read ({type(error).__name__})", flush=True)
+            continue
+        if differing := [key for key in settings if theirs.get(key) != settings[key]]:
+            key = differing[0]
+            raise CheckpointError(
+                f"{file} was made with {key} {theirs.get(key)}, not {settings[key]}: "
+                "use the same, or another --checkpoint-dir"
+            )
+        return content
+    return {"step": 0}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*.pt"), reverse=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _from_rank_0(value):
+    """What rank 0 has, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,323 @@
+"""The training of notebooks 03 and 04 as a script: one process, DDP or FSDP, on one machine or on many.
+
+    python -m workshop_utils.train --strategy single
+    torchrun --standalone --nproc-per-node=4 -m workshop_utils.train --strategy ddp
+
+torchrun starts the processes and tells each its rank in environment variables. Everything else is here: the group
+(nccl where each process has a GPU, otherwise gloo), the wrapping, the share of the batch, checkpoints.
+
+A global batch of --batch-size is cut into one share for each rank, and the loss is weighted so that uneven shares
+count right. So the losses are those of one process, whatever the number of ranks. With --checkpoint-dir the run
+goes on from the newest checkpoint there, also after a kill, and ends with the weights of an undisturbed run.
+"""
+
+import argparse
+import contextlib
+import datetime
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from workshop_utils.checkpoints import CheckpointError, load_newest, save_checkpoint, weights_sha256
+from workshop_utils.data import MNIST, load_mnist
+from workshop_utils.models import MLP, SmallViT
+from workshop_utils.point_to_point import gloo_bytes_sent
+from workshop_utils.training import draw_batches
+
+# model -> how to make it, and which of its modules are FSDP's units
+MODELS = {"mlp": (MLP, "Linear"), "vit": (SmallViT, "EncoderBlock")}
+
+
+@dataclass
+class Run:
+    """What this process has done. A run that went on from a checkpoint has done the steps since."""
+
+    resumed_at: int = 0
+    losses: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    bytes_sent: int | None = None  # by the collectives of the steps; None where the system does not tell
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Never returns: the process ends here, with 0, 2 (cannot run so) or 1 (failed on the way)."""
+    rank = told("RANK", 0)
+    with contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext():
+        options = parse(arguments)  # what is wrong with the command line is said once
+    if problem := problem_with(options):
+        end(2, problem if rank == 0 else None)
+    device = join_group(options)
+    try:
+        run, model, data = train(options, device)
+        tell(options, run, model, data)
+    except CheckpointError as error:
+        end(2, str(error) if rank == 0 else None)
+    except OSError as error:
+        end(1, f"{error.filename or 'cannot write'}: {error.strerror}. {how_to_go_on(options)}")
+    except RuntimeError as error:
+        if not (dist.is_initialized() and _LOST_PEER.search(str(error))):
+            raise
+        end(1, f"rank {rank}: another rank is gone ({str(error).splitlines()[0]}). {how_to_go_on(options)}")
+    end(0)
+
+
+_LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out|[Bb]roken pipe")
+
+
+def how_to_go_on(options: argparse.Namespace) -> str:
+    if not options.checkpoint_dir:
+        return "Nothing is saved without --checkpoint-dir: the next start begins at step 0."
+    return (
+        f"The checkpoints in {options.checkpoint_dir} are whole: torchrun goes on from the newest if it has restarts "
+        "left (--max-restarts); otherwise start the same command again."
+    )
+
+
+def end(status: int, message: str | None = None) -> None:
+    """Leave at once. Python's own way out of a process that had a group sometimes aborts, with everything done."""
+    if message:
+        print(f"train: {message}", file=sys.stderr)
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+# ----------------------------------------------------------------------------- the command line
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m workshop_utils.train",
+        usage="%(prog)s [options]\n       torchrun --standalone --nproc-per-node=4 -m workshop_utils.train [options]",
+        description="Train a classifier of handwritten digits on one process or on many.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--strategy", choices=["single", "ddp", "fsdp"], default="single", help="who holds what")
+    add("--model", choices=list(MODELS), default="mlp", help="what is trained")
+    add("--steps", type=positive, default=200, help="training steps, counted from the beginning")
+    add("--batch-size", type=positive, default=256, help="images in a step, all ranks together")
+    add("--learning-rate", type=float, default=1e-3, help="Adam's")
+    add("--seed", type=int, default=0, help="of the first weights and of the order of the images")
+    add("--checkpoint-dir", type=Path, help="where checkpoints are; a run goes on from the newest")
+    add("--checkpoint-every", type=positive, default=50, metavar="STEPS", help="and one at the end")
+    add("--timeout-s", type=positive, default=60, help="how long a rank waits for another")
+    add(
+        "--report",
+        type=Path,
+        help="rank 0 writes losses, times, bytes and a hash of the weights there (JSON)",
+    )
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def problem_with(options: argparse.Namespace) -> str | None:
+    """Why this run cannot begin, in one line."""
+    world_size = told("WORLD_SIZE", 1)
+    if options.strategy == "single" and world_size > 1:
+        return f"--strategy single is for one process, and torchrun started {world_size}: choose ddp or fsdp"
+    if options.strategy != "single" and "RANK" not in os.environ:
+        return (
+            f"--strategy {options.strategy} needs torchrun: torchrun --standalone --nproc-per-node=4 "
+            f"-m workshop_utils.train --strategy {options.strategy}"
+        )
+    if options.batch_size < world_size:
+        return f"--batch-size {options.batch_size} leaves nothing to do for some of {world_size} ranks"
+    try:
+        if options.report:
+            options.report.open("a").close()
+    except OSError as error:
+        return f"cannot write --report {options.report} ({error.strerror})"
+    return None
+
+
+# ----------------------------------------------------------------------------- the group
+
+
+def told(name: str, default: int) -> int:
+    """A number that torchrun has put into the environment."""
+    return int(os.environ.get(name, default))
+
+
+def join_group(options: argparse.Namespace) -> torch.device:
+    """Join the process group that torchrun's variables describe, unless this run is single. Returns the device."""
+    local_rank = told("LOCAL_RANK", 0)
+    local_world_size = told("LOCAL_WORLD_SIZE", 1)
+    on_gpu = torch.cuda.device_count() >= local_world_size  # nccl refuses two ranks on one GPU
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if options.strategy != "single":
+        if local_world_size == told("WORLD_SIZE", 1):  # one machine: nothing has to leave it
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
+        timeout = datetime.timedelta(seconds=options.timeout_s)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    return device
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the world size; 0 and 1 without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wrap(model: nn.Module, options: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The model as the strategy trains it. It does not know that it is parallel."""
+    if options.strategy == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+
+        return DistributedDataParallel(model)
+    if options.strategy == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for module in model.modules():
+            if type(module).__name__ == MODELS[options.model][1]:
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+# ----------------------------------------------------------------------------- the training
+
+
+def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Module, MNIST]:
+    """All steps that are still to be done, from the newest checkpoint on."""
+    data = load_data(device)
+    torch.manual_seed(options.seed)
+    model = wrap(MODELS[options.model][0]().to(device), options, device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+    settings = {"model": options.model, "batch size": options.batch_size, "seed": options.seed}
+    run = Run()
+    if options.checkpoint_dir:
+        run.resumed_at = load_newest(options.checkpoint_dir, settings, model, optimizer)
+    batches = draw_batches(len(data.train_images), options.batch_size, options.steps, options.seed)
+    quiet = True if place()[0] else None  # None: a bar if somebody looks at a terminal
+    with tqdm(total=options.steps, initial=run.resumed_at, unit="step", disable=quiet) as bar:
+        for step, batch in enumerate(batches, start=1):
+            if step <= run.resumed_at:
+                continue
+            timed_step(run, model, optimizer, data, batch)
+            bar.update()
+            if options.checkpoint_dir and (step == options.steps or step % options.checkpoint_every == 0):
+                save_checkpoint(options.checkpoint_dir, step, settings, model, optimizer)
+    return run, model, data
+
+
+def load_data(device: torch.device) -> MNIST:
+    """The images, on the device. Rank 0 says from where."""
+    with contextlib.redirect_stdout(io.StringIO()) if place()[0] else contextlib.nullcontext():
+        data = load_mnist()
+    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    return MNIST(*(tensor.to(device) for tensor in tensors), data.source)
+
+
+def timed_step(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, data: MNIST, batch: Tensor
+) -> None:
+    """`train_share`, with its loss, its seconds and its bytes noted."""
+    sent, began_s = gloo_bytes_sent(), time.perf_counter()
+    run.losses.append(train_share(model, optimizer, data, batch))
+    run.step_s.append(time.perf_counter() - began_s)
+    if sent is not None:
+        run.bytes_sent = (run.bytes_sent or 0) + gloo_bytes_sent() - sent
+
+
+def train_share(model: nn.Module, optimizer: torch.optim.Optimizer, data: MNIST, batch: Tensor) -> float:
+    """One step on this rank's share of the batch, indices [B]. Returns the mean loss of the whole batch."""
+    rank, world_size = place()
+    share = batch[rank::world_size]
+    optimizer.zero_grad()
+    total = F.cross_entropy(model(data.train_images[share]), data.train_labels[share], reduction="sum")
+    # DDP and FSDP divide by the number of ranks. Shares may differ by one image, so a mean of means would be wrong.
+    (total * world_size / len(batch)).backward()
+    optimizer.step()
+    return float(add_up(total.detach())) / len(batch)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: MNIST) -> float:
+    """The share of test images that are right, each counted once. Every rank does equally many forwards."""
+    rank, world_size = place()
+    model.eval()
+    images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]
+    pieces = -(-len(data.test_images) // world_size // 1000) + 1
+    parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces))
+    right = sum((model(part).argmax(dim=1) == wanted).sum() for part, wanted in parts)
+    return float(add_up(right)) / len(data.test_images)
+
+
+def add_up(value: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+# ----------------------------------------------------------------------------- the result
+
+
+def tell(options: argparse.Namespace, run: Run, model: nn.Module, data: MNIST) -> None:
+    """Rank 0 prints one line and writes the report. All must call."""
+    rank, world_size = place()
+    result = {
+        "strategy": options.strategy,
+        "model": options.model,
+        "world_size": world_size,
+        "hosts": world_size // told("LOCAL_WORLD_SIZE", 1),
+        "backend": dist.get_backend() if dist.is_initialized() else None,
+        "steps": options.steps,
+        "resumed_at": run.resumed_at,
+        "accuracy": accuracy(model, data),
+        "weights_sha256": weights_sha256(model),
+        "bytes_sent": gathered(run.bytes_sent),
+        "losses": run.losses,
+        "step_s": run.step_s,
+    }
+    if rank == 0:
+        if options.report:
+            options.report.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        print(summary(result))
+
+
+def summary(result: dict) -> str:
+    count = result["world_size"]
+    who = "1 process" if count == 1 else f"{count} processes, {result['backend']}"
+    done = f"{result['steps']} steps" + (f", from {result['resumed_at']} on" if result["resumed_at"] else "")
+    pace = f", {statistics.median(result['step_s']) * 1e3:.1f} ms a step" if result["step_s"] else ""
+    loss = f", loss {result['losses'][-1]:.4f}" if result["losses"] else ""
+    return (
+        f"{result['strategy']}, {who}: {done}{pace}{loss}, accuracy {result['accuracy']:.3f}, "
+        f"weights {result['weights_sha256'][:12]}"
+    )
+
+
+def gathered(value) -> list:
+    """The values of all ranks, in rank order."""
+    values = [value] * place()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+if __name__ == "__main__":
+    main()
