@@ -1,8 +1,8 @@
 """Checkpoints of a training run: whole, written in one piece, the same for every strategy. Notebook 03 uses them.
 
 A checkpoint is one file, `step_00000040.pt`, with the state of model and optimizer as one process would have it.
-So a run that was sharded over four ranks can go on with two, or with one. Rank 0 writes and reads; the others get
-their part from it. A file appears under its name only when all of it is on the disk, and the newest two are kept:
+So a run that was sharded over four ranks can go on with two, or with one. Rank 0 writes; all read, so several hosts
+need a folder that all of them see. A file appears under its name only when all of it is on the disk, and the newest two are kept:
 whatever is killed, and whenever, there is one to go on from.
 
 For models that no single host can hold, torch.distributed.checkpoint writes a file per rank instead (notebook 04).
@@ -49,28 +49,26 @@ def save_checkpoint(folder: Path, step: int, settings: dict, model, optimizer) -
 def load_newest(folder: Path, settings: dict, model, optimizer) -> int:
     """Bring model and optimizer to the newest checkpoint in `folder`; return its step, 0 where there is none.
 
-    Raises CheckpointError, on all ranks, where the folder cannot be written or the checkpoint is of another run.
-    A file that cannot be read is passed over with a warning.
+    Raises CheckpointError, on all ranks, where the folder cannot be written, the checkpoint is of another run, or a
+    rank does not see it. A file that cannot be read is passed over with a warning. All ranks must call.
     """
-    found: dict = {}
-    if _rank() == 0:
-        try:
-            found = _read_newest(folder, settings)
-        except CheckpointError as error:
-            found = {"error": str(error)}
-    has = _from_rank_0({key: found[key] for key in ("step", "error") if key in found})
-    if "error" in has:
-        raise CheckpointError(has["error"])
-    if has["step"]:
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=found.get("model", {}),
-            optim_state_dict=found.get("optimizer", {}),
-            options=options,
-        )
-    return has["step"]
+    file, error = _from_rank_0(_attempt(_find_newest, folder, settings) if _rank() == 0 else None)
+    content = None
+    if error is None and file is not None:
+        content, error = _attempt(_read, file)
+    for rank, their_error in enumerate(from_all_ranks(error)):
+        if their_error is not None:
+            raise CheckpointError(their_error if rank == 0 else f"rank {rank}: {their_error}")
+    if content is None:
+        return 0
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=content["model"],
+        optim_state_dict=content["optimizer"],
+        options=StateDictOptions(full_state_dict=True),
+    )
+    return content["step"]
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -82,7 +80,7 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_newest(folder: Path, settings: dict) -> dict:
+def _find_newest(folder: Path, settings: dict) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -93,19 +91,36 @@ def _read_newest(folder: Path, settings: dict) -> dict:
         ) from None
     for file in _newest_first(folder):
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            theirs = content["settings"]
-        except Exception as error:  # noqa: BLE001  a damaged file can fail in any way
-            print(f"train: passing over {file}, which cannot be read ({type(error).__name__})", flush=True)
+            theirs = _read(file)["settings"]
+        except CheckpointError as error:
+            print(f"train: passing over a damaged checkpoint: {error}", flush=True)
             continue
-        if differing := [key for key in settings if theirs.get(key) != settings[key]]:
-            key = differing[0]
-            raise CheckpointError(
-                f"{file} was made with {key} {theirs.get(key)}, not {settings[key]}: "
-                "use the same, or another --checkpoint-dir"
-            )
-        return content
-    return {"step": 0}
+        for key, mine in settings.items():
+            if theirs[key] != mine:
+                raise CheckpointError(
+                    f"{file} was made with {key} {theirs[key]}, not {mine}: "
+                    "use the same, or another --checkpoint-dir"
+                )
+        return file
+    return None
+
+
+def _read(file: Path) -> dict:
+    """The content of a checkpoint. Its tensors stay in the file until they are used."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is not there: all hosts must see the same --checkpoint-dir") from None
+    except Exception as error:  # noqa: BLE001  a damaged file fails in many ways
+        raise CheckpointError(f"cannot read {file} ({type(error).__name__})") from None
+
+
+def _attempt(function, *arguments) -> tuple:
+    """(result, None), or (None, the complaint)."""
+    try:
+        return function(*arguments), None
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -123,3 +138,12 @@ def _from_rank_0(value):
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all_ranks(value) -> list:
+    """What each rank has, in rank order, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values

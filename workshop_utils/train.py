@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from workshop_utils.checkpoints import CheckpointError, load_newest, save_checkpoint, weights_sha256
+from workshop_utils.checkpoints import (
+    CheckpointError,
+    from_all_ranks,
+    load_newest,
+    save_checkpoint,
+    weights_sha256,
+)
 from workshop_utils.data import MNIST, load_mnist
 from workshop_utils.models import MLP, SmallViT
 from workshop_utils.point_to_point import gloo_bytes_sent
@@ -69,11 +75,16 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if not (dist.is_initialized() and _LOST_PEER.search(str(error))):
             raise
-        end(1, f"rank {rank}: another rank is gone ({str(error).splitlines()[0]}). {how_to_go_on(options)}")
+        end(1, f"rank {rank}: another rank is gone ({reason(error)}). {how_to_go_on(options)}")
     end(0)
 
 
 _LOST_PEER = re.compile(r"gloo|NCCL|[Cc]onnection|[Tt]imed out|[Bb]roken pipe")
+
+
+def reason(error: RuntimeError) -> str:
+    """The first line of what gloo or nccl says, without the place in its own source."""
+    return re.sub(r"^\[[^\]]*\] *", "", str(error).splitlines()[0]).split(". ")[0]
 
 
 def how_to_go_on(options: argparse.Namespace) -> str:
@@ -289,7 +300,7 @@ def tell(options: argparse.Namespace, run: Run, model: nn.Module, data: MNIST) -
         "resumed_at": run.resumed_at,
         "accuracy": accuracy(model, data),
         "weights_sha256": weights_sha256(model),
-        "bytes_sent": gathered(run.bytes_sent),
+        "bytes_sent": from_all_ranks(run.bytes_sent),
         "losses": run.losses,
         "step_s": run.step_s,
     }
@@ -309,14 +320,6 @@ def summary(result: dict) -> str:
         f"{result['strategy']}, {who}: {done}{pace}{loss}, accuracy {result['accuracy']:.3f}, "
         f"weights {result['weights_sha256'][:12]}"
     )
-
-
-def gathered(value) -> list:
-    """The values of all ranks, in rank order."""
-    values = [value] * place()[1]
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
 
 
 if __name__ == "__main__":

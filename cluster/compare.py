@@ -1,0 +1,1 @@
+print("compare", __import__("sys").argv)
