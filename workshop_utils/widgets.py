@@ -1,4 +1,4 @@
-"""What can be moved with the mouse or the keyboard. Notebook 02 has the first.
+"""What can be moved with the mouse or the keyboard. Notebook 02 has the first, notebook 04 the second.
 
 A widget draws nothing itself: it calls a plot function that is tested alone, and that also gives the static
 figure for GitHub and paper. Works with ipywidgets 7.7 and 8.
@@ -9,6 +9,7 @@ import io
 import ipywidgets
 
 from workshop_utils.plotting.all_reduce import all_reduce_step_figure, describe_step
+from workshop_utils.plotting.fully_sharded import memory_bill_figure
 from workshop_utils.schedules import schedule
 
 _DPI = 90
@@ -42,6 +43,45 @@ def all_reduce_stepper(algorithm: str = "ring", world_size: int = 4) -> ipywidge
     slider.observe(show, names="value")
     show()
     return ipywidgets.VBox([slider, picture, words])
+
+
+MODEL_SIZES = {
+    "the MLP, 199,210": 199_210,
+    "135 M": 135_000_000,
+    "1.5 B": 1_500_000_000,
+    "7.5 B": 7_500_000_000,
+    "70 B": 70_000_000_000,
+    "175 B": 175_000_000_000,
+}
+
+
+def memory_bill(num_parameters: int = 7_500_000_000, world_size: int = 64) -> ipywidgets.VBox:
+    """Bytes per rank by kind for one device and ZeRO-1, 2, 3: a slider for the ranks, a choice of model sizes.
+
+    The slider takes the arrow keys and goes from 1 to 1,024 ranks in powers of two. Raises ValueError for a model
+    size that is not in MODEL_SIZES, or a world size that is not on the slider.
+    """
+    worlds = [2**k for k in range(11)]
+    if num_parameters not in MODEL_SIZES.values() or world_size not in worlds:
+        raise ValueError(
+            f"num_parameters must be one of {', '.join(f'{n:,}' for n in MODEL_SIZES.values())} and world_size a power "
+            f"of two up to 1,024, got {num_parameters:,} and {world_size}"
+        )
+    model = ipywidgets.Dropdown(
+        options=list(MODEL_SIZES.items()), value=num_parameters, description="parameters"
+    )
+    slider = ipywidgets.SelectionSlider(
+        options=worlds, value=world_size, description="ranks", layout=ipywidgets.Layout(width="420px")
+    )
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+
+    def show(change=None) -> None:
+        picture.value = _png(memory_bill_figure(model.value, slider.value))
+
+    model.observe(show, names="value")
+    slider.observe(show, names="value")
+    show()
+    return ipywidgets.VBox([model, slider, picture])
 
 
 def _png(figure) -> bytes:

@@ -74,14 +74,14 @@ def _on_rank(n: int, answer, cases: list[list[torch.Tensor]]) -> list[Seen]:
 
 def _one_case(answer, tensor: torch.Tensor) -> Seen:
     tensor = tensor.clone()
-    with _watched() as sent:
+    with watched() as sent:
         returned = answer(tensor)
     dist.barrier()  # nobody goes on while a message is under way
     return Seen(tensor, returned if isinstance(returned, torch.Tensor) else None, sent)
 
 
 @contextmanager
-def _watched():
+def watched():
     """Inside, messages sent are noted as (receiver, bytes), and torch's collectives raise."""
     sent: list[tuple[int, int]] = []
     replaced = {name: _refusing(name) for name in COLLECTIVES}

@@ -1,0 +1,130 @@
+"""Figures of notebook 04: the memory bill, full parameters alive along a step, and what communication takes.
+
+Each function draws one figure that says one thing and returns it. Bytes are bytes: 1 GB = 10**9.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from workshop_utils.memory import zero_bytes
+from workshop_utils.plotting import INK, MUTED, rank_color
+from workshop_utils.plotting.costs import _bytes
+from workshop_utils.plotting.single_device import KIND_COLORS
+
+STAGES = ("one device, or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3, FSDP")
+DEVICE_BYTES = 80e9  # an A100 or H100 with the larger memory
+
+
+def draw_memory_bill(figure: Figure, num_parameters: int, world_size: int) -> None:
+    """A stacked bar of bytes per rank for each ZeRO stage, with one 80 GB device as a line where it is in sight."""
+    ax = figure.add_subplot()
+    left = [0.0] * len(STAGES)
+    for kind in ("parameters", "gradients", "optimizer"):
+        sizes = [zero_bytes(stage, num_parameters, world_size)[kind] for stage in range(len(STAGES))]
+        ax.barh(range(len(STAGES)), sizes, left=left, color=KIND_COLORS[kind], label=kind, height=0.62)
+        left = [start + size for start, size in zip(left, sizes)]
+    for row, total in enumerate(left):
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text(total + 0.012 * left[0], row, _bytes(total), va="center", bbox=white)
+    if DEVICE_BYTES < 1.1 * left[0]:
+        ax.axvline(DEVICE_BYTES, color=INK, linewidth=1, linestyle="--")
+        ax.text(DEVICE_BYTES, len(STAGES) - 0.5, " 80 GB", ha="left", va="top", fontsize=8)
+    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+    ax.set(yticks=range(len(STAGES)), yticklabels=STAGES, xlim=(0, 1.18 * left[0]), ylim=(-0.6, 4.0))
+    ax.set(
+        xlabel="bytes per rank", title=f"{_count(num_parameters)} parameters on {ranks}: 16 bytes for each"
+    )
+    ax.xaxis.set_major_formatter(lambda size, _: _bytes(size) if size else "0")
+    ax.invert_yaxis()
+    ax.tick_params(left=False)
+    figure.legend(ncols=3, loc="outside lower center")
+
+
+def plot_memory_bill(num_parameters: int, world_size: int) -> Figure:
+    """The bill as a figure of pyplot's: the static one for the notebook."""
+    figure = plt.figure(figsize=(7.2, 3.0))
+    draw_memory_bill(figure, num_parameters, world_size)
+    return figure
+
+
+def memory_bill_figure(num_parameters: int, world_size: int) -> Figure:
+    """The bill on a figure of its own, outside pyplot: what the widget shows."""
+    figure = Figure(figsize=(7.2, 3.0), layout="constrained", facecolor="white")
+    draw_memory_bill(figure, num_parameters, world_size)
+    return figure
+
+
+def plot_live_bytes(
+    title: str, curves: dict[str, list[int]], labels: list[str], limits: dict[str, int]
+) -> Figure:
+    """Bytes of full parameters alive after each event of one step: a row per curve, all with the same axes.
+
+    curves: {"rank 0": [bytes after event 0, 1, ...]}, a rank's in its colour. labels: what each event was. limits:
+    {"largest unit": bytes}, drawn as dashed lines in each row.
+    """
+    figure, axes = plt.subplots(
+        len(curves), 1, figsize=(8.4, 1.3 + 0.72 * len(curves)), sharex=True, sharey=True, squeeze=False
+    )
+    places = np.arange(len(labels))
+    for ax, (name, bytes_alive) in zip(axes[:, 0], curves.items(), strict=True):
+        color = rank_color(int(name.split()[1])) if name.startswith("rank ") else INK
+        ax.fill_between(
+            places, np.asarray(bytes_alive) / 1e3, step="mid", color=color, alpha=0.85, linewidth=0
+        )
+        for limit in limits.values():
+            ax.axhline(limit / 1e3, color=MUTED, linewidth=1, linestyle="--")
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+        ax.set_ylim(0, 1.25 * max(max(limits.values()), *map(max, curves.values())) / 1e3)
+    for label, limit in limits.items():
+        axes[0, 0].text(
+            1.005,
+            limit / 1e3,
+            f"{label}\n{limit / 1e3:,.0f} KB",
+            va="center",
+            fontsize=8,
+            color=INK,
+            transform=axes[0, 0].get_yaxis_transform(),
+        )
+    axes[-1, 0].set_xticks(places, labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes[-1, 0].set_xlim(-0.5, len(labels) - 0.5)
+    axes[0, 0].set_title(title)
+    figure.supylabel("KB of full parameters", fontsize=9)
+    return figure
+
+
+def plot_communication_share(
+    title: str, lines: dict, points: dict | None = None, *, xlabel: str, log: bool = False
+) -> Figure:
+    """The share of a step that communication takes, in %. lines (predicted) and points (measured) by label are
+    {label: (x, shares between 0 and 1)}; points have the colour of their line.
+    """
+    points = points or {}
+    figure, ax = plt.subplots(figsize=(7.2, 3.5))
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.18, 1, max(len(lines), 2)))
+    for (label, (x, shares)), color in zip(lines.items(), colors):
+        ax.plot(x, 100 * np.asarray(shares), color=color, label=label)
+        if label in points:
+            x, shares = points[label]
+            ax.plot(x, 100 * np.asarray(shares), "o", color=color, markeredgecolor="white", markersize=7)
+    ax.set(ylim=(0, 104), xlabel=xlabel, ylabel="% of a step", title=title)
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    else:
+        ax.set_xticks(sorted({value for x, _ in lines.values() for value in x}))
+    ax.grid(True)
+    handles, names = ax.get_legend_handles_labels()
+    if points:
+        handles.append(Line2D([], [], marker="o", linestyle="none", color=MUTED))
+        names.append("measured\n(lines: predicted)")
+    ax.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _count(number: float) -> str:
+    for unit, factor in ((" B", 1e9), (" M", 1e6)):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}"
+    return f"{number:,.0f}"
