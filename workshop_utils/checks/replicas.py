@@ -1,0 +1,193 @@
+"""What the checks of notebook 03 run on the ranks: small models, counted messages, an all-reduce that is watched.
+
+n is the world size. Everything here that begins with `on_rank` runs on ranks 0 to n-1, a world of its own.
+"""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from workshop_utils.checks.watching import TIMEOUT_S, world_named
+from workshop_utils.collectives import ring_all_reduce_
+from workshop_utils.ranks import sub_world
+
+WAITED_INSIDE_S = 2.0  # a hook that waits for its job is found out after this
+
+
+def in_worlds(ranks, on_rank, answer, *args, smallest: int = 1) -> Iterator[tuple[int, list]]:
+    """For each world size n: (n, [on_rank(answer, *args) of each of the n ranks]). A complaint names n."""
+    for n in range(smallest, len(ranks) + 1):
+        with world_named(n):
+            yield n, ranks.run(_inside, n, on_rank, answer, args, timeout_s=TIMEOUT_S)[:n]
+
+
+def _inside(n: int, on_rank, answer, args):
+    with sub_world(n) as inside:
+        return on_rank(answer, *args) if inside else None
+
+
+# Bytes, whoever carries them
+
+
+class Sent:
+    """Payload bytes that this rank sent. torch's own collectives count as much as a ring would send."""
+
+    num_bytes: float = 0.0
+
+
+@contextmanager
+def counted() -> Iterator[Sent]:
+    sent, n = Sent(), dist.get_world_size()
+    factors = {"send": 1, "allreduce": 2 * (n - 1) / n, "broadcast": (n - 1) / n, "allgather": (n - 1)}
+    patches = [
+        patch.object(dist.ProcessGroup, name, _noting(getattr(dist.ProcessGroup, name), sent, factor))
+        for name, factor in factors.items()
+    ]
+    for p in patches:
+        p.start()
+    try:
+        yield sent
+    finally:
+        for p in patches:
+            p.stop()
+
+
+def _noting(original, sent: Sent, factor: float):
+    def noting(group, *args, **kwargs):
+        tensors = args[1][0] if original.__name__ == "allgather" and len(args) > 1 else args[0]
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        sent.num_bytes += factor * sum(
+            tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)
+        )
+        return original(group, *args, **kwargs)
+
+    return noting
+
+
+# Models. All parameters of `Twelve` have 12 elements: a mistake in the order gives wrong numbers, not a crash.
+
+
+class Twelve(nn.Module):
+    """Parameters of every kind: used by all, tied, frozen, used by some ranks, used by none; two kinds of buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 3, bias=False)
+        self.again = nn.Linear(4, 3, bias=False)
+        self.again.weight = self.first.weight  # tied
+        self.frozen = nn.Linear(3, 4, bias=False).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(12)
+        self.last = nn.Linear(3, 4, bias=False)
+        self.unused = nn.Linear(3, 4, bias=False)
+        self.even_ranks = nn.Linear(3, 4, bias=False)
+
+
+class Branches(nn.Module):
+    """Tied and frozen parameters in float64, and a branch that is used only if it is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 5)
+        self.b = nn.Linear(5, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.branch = nn.Linear(5, 5)
+        self.c = nn.Linear(5, 5)
+        self.c.weight = self.b.weight  # tied
+        self.d = nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x, with_branch: bool):
+        h = self.frozen(self.b(self.a(x).tanh()).tanh())
+        return self.d(self.c(h + self.branch(h) if with_branch else h).tanh())
+
+
+# An all-reduce that is watched, for exercises 3.3 and 3.4
+
+
+class WatchedStart:
+    """`start(tensor)`: a real all-reduce in a second thread, which begins once the backward is over.
+
+    So a hook that waits for it is found out. The ranks compare sizes first: one that starts another tensor than the
+    others would make gloo end the process.
+    """
+
+    def __init__(self):
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.backward_is_over = threading.Event()
+        self.waited_inside = False
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.backward_is_over.clear()
+        self.started: list[tuple[torch.Tensor, bool]] = []  # (tensor, during the backward?)
+        self.jobs: list[Future] = []
+        self.sizes: list[list[int]] = []  # of each all-reduce: bytes on each rank
+
+    def __call__(self, tensor) -> Future:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"start() takes the tensor to all-reduce, got {type(tensor).__name__}")
+        self.started.append((tensor, not self.backward_is_over.is_set()))
+        self.jobs.append(self.thread.submit(self._all_reduce, tensor))
+        return self.jobs[-1]
+
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        if not self.waited_inside and not self.backward_is_over.wait(WAITED_INSIDE_S):
+            self.waited_inside = True
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        sizes[dist.get_rank()] = tensor.nbytes
+        ring_all_reduce_(sizes)
+        self.sizes.append(sizes.tolist())
+        if (sizes == sizes[0]).all():
+            ring_all_reduce_(tensor)
+
+
+def on_rank_train(install, with_branch) -> dict:
+    """Three backwards of `Branches` with finish = install(model, start). What happened, step by step.
+
+    with_branch(step, rank) says whether this rank uses the branch in that step.
+    """
+    rank, start = dist.get_rank(), WatchedStart()
+    torch.manual_seed(7)
+    model, plain = Branches(), Branches()
+    plain.load_state_dict(model.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    finish = install(model, start)
+    if not callable(finish):
+        return {"returned": repr(finish)}
+    steps = []
+    for step in range(3):
+        torch.manual_seed(100 * step + rank)
+        x, branch = torch.randn(4, 6, dtype=torch.float64), with_branch(step, rank)
+        for net in (model, plain):
+            net.zero_grad(set_to_none=step != 1)
+        start.begin_step()
+        plain(x, branch).square().sum().backward()
+        model(x, branch).square().sum().backward()
+        start.backward_is_over.set()
+        finish()
+        steps.append(_seen(model, plain, start))
+    unchanged = all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    dist.barrier()
+    return {"steps": steps, "waited_inside": start.waited_inside, "unchanged": unchanged}
+
+
+def _seen(model: nn.Module, plain: nn.Module, start: WatchedStart) -> dict:
+    pointers = {p.data_ptr(): name for name, p in model.named_parameters()}
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    local = {
+        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in plain.named_parameters()
+    }
+    return {
+        "parameters started": [pointers[t.data_ptr()] for t, _ in start.started if t.data_ptr() in pointers],
+        "started": [(t.nbytes, early) for t, early in start.started],
+        "unfinished": sum(not job.done() for job in start.jobs),
+        "sizes": start.sizes,
+        "gradients": gradients,
+        "local": {name: g.detach().clone() for name, g in local.items()},
+    }
