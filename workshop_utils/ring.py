@@ -24,6 +24,7 @@ BOXES_BYTES = (
     8 * 2**20
 )  # where sums arrive: room for two of the largest segments, or for all of a smaller tensor's
 _SUMS, _GATHER = 0, 1  # tags: receives of the second half are started while the first is still under way
+_TAGS = 2  # per channel: what one channel sends, another never receives
 _kept = threading.local()  # .memory
 
 
@@ -46,14 +47,14 @@ def ring_all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup | None = Non
 
 @torch.no_grad()
 def ring_reduce_scatter(
-    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None, channel: int = 0
 ) -> None:
     """The i-th rank gets the sum of all ranks' i-th part of `input` in `output`; `input` stays as it was.
 
     input: n times as many elements as output, cut into n equal parts in memory order; any shapes. A rank sends
-    (n-1)/n of the input's bytes.
+    (n-1)/n of the input's bytes. Ranks that call with different `channel`s wait for each other, and mix up nothing.
     """
-    ring = _Ring(group)
+    ring = _Ring(group, channel)
     _check_sizes("input", input, "output", output, ring.n)
     if ring.n == 1:
         output.copy_(input.reshape(output.shape))
@@ -67,13 +68,14 @@ def ring_reduce_scatter(
 
 @torch.no_grad()
 def ring_all_gather(
-    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None
+    output: torch.Tensor, input: torch.Tensor, group: dist.ProcessGroup | None = None, channel: int = 0
 ) -> None:
     """Every rank gets the inputs of all ranks, one after another, in `output`.
 
-    output: n times as many elements as input; any shapes. A rank sends (n-1)/n of the output's bytes.
+    output: n times as many elements as input; any shapes. A rank sends (n-1)/n of the output's bytes. Ranks that
+    call with different `channel`s wait for each other, and mix up nothing.
     """
-    ring = _Ring(group)
+    ring = _Ring(group, channel)
     _check_sizes("output", output, "input", input, ring.n)
     with flat_view(output) as flat:
         chunks = ring.cut(flat)
@@ -88,8 +90,9 @@ Segments = list[torch.Tensor]  # of one chunk
 class _Ring:
     """This rank, its neighbours, and the two halves of a ring all-reduce."""
 
-    def __init__(self, group: dist.ProcessGroup | None):
+    def __init__(self, group: dist.ProcessGroup | None, channel: int = 0):
         ranks, self.me = members(group)
+        self.sums, self.gather = _TAGS * channel + _SUMS, _TAGS * channel + _GATHER
         self.n, self.group = len(ranks), group or dist.group.WORLD
         self.left, self.right = (self.me - 1) % self.n, (self.me + 1) % self.n
 
@@ -108,15 +111,15 @@ class _Ring:
         totals = self._backwards(sums, first=self.me - 2)
         num_boxes, boxes = _boxes_for(arriving)
         num_passed_on = len(arriving) - len(chunks[self.me])
-        receives = [start_recv(box, self.left, self.group, _SUMS) for box in boxes[:num_boxes]]
-        sends = [start_send(segment, self.right, self.group, _SUMS) for segment in chunks[self.me - 1]]
+        receives = [start_recv(box, self.left, self.group, self.sums) for box in boxes[:num_boxes]]
+        sends = [start_send(segment, self.right, self.group, self.sums) for segment in chunks[self.me - 1]]
         for i, (segment, total, box) in enumerate(zip(arriving, totals, boxes)):
             receives[i].wait()
             torch.add(box, segment, out=total)
             if i + num_boxes < len(boxes):
-                receives.append(start_recv(boxes[i + num_boxes], self.left, self.group, _SUMS))
+                receives.append(start_recv(boxes[i + num_boxes], self.left, self.group, self.sums))
             if i < num_passed_on:
-                sends.append(start_send(total, self.right, self.group, _SUMS))
+                sends.append(start_send(total, self.right, self.group, self.sums))
         return sends
 
     def start_gather(self, chunks: list[Segments]) -> list[Transfer]:
@@ -126,7 +129,8 @@ class _Ring:
         sum, hence this rank's numbers too.
         """
         return [
-            start_recv(s, self.left, self.group, _GATHER) for s in self._backwards(chunks, first=self.me - 1)
+            start_recv(s, self.left, self.group, self.gather)
+            for s in self._backwards(chunks, first=self.me - 1)
         ]
 
     def pass_chunks_on(self, chunks: list[Segments], receives: list[Transfer]) -> list[Transfer]:
@@ -137,11 +141,11 @@ class _Ring:
         """
         leaving = self._backwards(chunks, first=self.me)
         num_mine = len(chunks[self.me])
-        sends = [start_send(segment, self.right, self.group, _GATHER) for segment in leaving[:num_mine]]
+        sends = [start_send(segment, self.right, self.group, self.gather) for segment in leaving[:num_mine]]
         for i, receive in enumerate(receives, start=num_mine):
             receive.wait()
             if i < len(leaving):
-                sends.append(start_send(leaving[i], self.right, self.group, _GATHER))
+                sends.append(start_send(leaving[i], self.right, self.group, self.gather))
         return sends
 
     def _backwards(self, chunks: list[Segments], first: int) -> list[torch.Tensor]:
