@@ -1,7 +1,10 @@
 """Our ring reduce-scatter inside torch's `fully_shard`. Notebook 04 teaches it.
 
-gloo's own reduce-scatter is an all-reduce that throws the rest away: it sends 2 S (n-1)/n where the ring sends 1.
-Works with torch 2.11 and newer.
+    fully_shard(model, mesh=mesh)
+    use_ring_reduce_scatter(model)
+
+gloo's own reduce-scatter is an all-reduce of which it keeps a part: a rank sends 2 S (n-1)/n, the ring 1 S (n-1)/n.
+So a training step of fully_shard sends 3 instead of 4. torch 2.11 or newer, tensors in CPU memory.
 """
 
 import torch
@@ -12,13 +15,13 @@ from workshop_utils.ring import ring_reduce_scatter
 
 
 class RingReduceScatter:
-    """What `set_custom_reduce_scatter` wants: `allocate`, and a call with torch's arguments of a reduce-scatter.
+    """What `FSDPModule.set_custom_reduce_scatter` takes: it allocates memory, and reduces and scatters.
 
-    Sums (ReduceOp.SUM), averages (AVG) and scaled sums (PREMUL_SUM) on any group; ValueError for another operation.
+    It has the methods of torch's ReduceScatter, which is in a private module that takes a second to import.
     """
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for an input or output."""
+        """New memory of that size, for an input or an output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -26,42 +29,50 @@ class RingReduceScatter:
         output_tensor: torch.Tensor,
         input_tensor: torch.Tensor,
         group: dist.ProcessGroup,
-        op,
+        op: "dist.ReduceOp | dist.ReduceOp.RedOpType",
         async_op: bool = False,
-    ):
-        """output_tensor: this rank's n-th part of the reduced input_tensor. With async_op, something to wait() for."""
-        factor = _factor(op, group)
+    ) -> dist.Work | None:
+        """The i-th rank of `group` gets the i-th part of the ranks' inputs, reduced, in `output_tensor`.
+
+        op: ReduceOp.SUM, AVG, or PREMUL_SUM with its factor; ValueError for any other. With async_op, returns a Work
+        that is done already.
+        """
+        if op == dist.ReduceOp.PREMUL_SUM:
+            input_tensor = input_tensor * op.__getstate__()[1]  # torch 2.11 has no other way to the factor
+        elif op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            raise ValueError(
+                f"the ring can sum (SUM), average (AVG) and scale (PREMUL_SUM), but op is {_kind(op)}"
+            )
         ring_reduce_scatter(output_tensor, input_tensor, group)
-        if factor != 1.0:
-            output_tensor.mul_(factor)
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(group.size())
         return _Done() if async_op else None
 
 
-class _Done:
-    """The work is done already."""
+class _Done(dist.Work):
+    """Work that was done before anybody could wait for it."""
 
-    def wait(self) -> bool:
+    def wait(self, timeout=None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
         return True
 
 
 def use_ring_reduce_scatter(fsdp_model: nn.Module) -> None:
-    """Let every FSDP module inside `fsdp_model` reduce-scatter its gradients with our ring.
+    """Make every FSDP module in `fsdp_model` reduce and scatter its gradients with our ring.
 
-    fsdp_model: what torch's `fully_shard` returned. Raises TypeError if it holds no FSDP module.
+    fsdp_model: a model after torch's `fully_shard`, which returns it. TypeError if no part of it is sharded.
     """
-    modules = [m for m in fsdp_model.modules() if hasattr(m, "set_custom_reduce_scatter")]
-    if not modules:
+    sharded = [module for module in fsdp_model.modules() if hasattr(module, "set_custom_reduce_scatter")]
+    if not sharded:
         raise TypeError(
-            f"{type(fsdp_model).__name__} holds no FSDP module: call torch's fully_shard on it first"
+            f"no module in this {type(fsdp_model).__name__} is sharded: call torch's fully_shard on it first. "
+            "Our own FullyShardedDataParallel has the ring already."
         )
-    for module in modules:
+    for module in sharded:
         module.set_custom_reduce_scatter(RingReduceScatter())
 
 
-def _factor(op, group: dist.ProcessGroup) -> float:
-    """What the sum must be multiplied with."""
-    if op == dist.ReduceOp.SUM:
-        return 1.0
-    if op == dist.ReduceOp.AVG:
-        return 1.0 / group.size()
-    raise ValueError(f"RingReduceScatter can sum (SUM), average (AVG) and scale (PREMUL_SUM), not {op}")
+def _kind(op) -> str:
+    return str(op.__getstate__()[0] if isinstance(op, dist.ReduceOp) else op).removeprefix("RedOpType.")
