@@ -4,6 +4,7 @@ It talks over a socket pair, one JSON object per line. When the other end closes
 notebook is gone: then the rank ends itself and its children. That is why no orphan is left.
 """
 
+import gc
 import json
 import linecache
 import os
@@ -83,18 +84,26 @@ class Monitor(threading.Thread):
 
     def _sample(self) -> None:
         """Has the main thread moved, or has the process worked (gloo's own thread included), since last time?"""
-        frame = sys._current_frames().get(self.main)
+        _, frame = self._frames()
         place, cpu = (id(frame), getattr(frame, "f_lasti", 0)), time.process_time()
         if place != self._place or cpu - self._cpu > BUSY_SHARE * TICK_S or not _waits(frame):
             self._since = time.monotonic()
         self._place, self._cpu = place, cpu
 
+    def _frames(self):
+        """The main thread's innermost frame, and that of the thread it waits for: of itself, as a rule."""
+        frames = _current_frames()
+        frame = at_work = frames.get(self.main)
+        if frame is not None and frame.f_code.co_name == "wait_for_thread":  # data_parallel.py
+            at_work = frames.get(frame.f_locals["thread"].ident)
+        return frame, at_work
+
     def where(self) -> dict:
         """Where the main thread is: the reader's line, and the torch call it waits in, if it waits in one."""
-        frame = sys._current_frames().get(self.main)
+        frame, at_work = self._frames()
         if not self.busy or frame is None:
             return {"busy": False}
-        waits = _waits(frame)
+        waits = _waits(at_work)
         found = {"busy": True, "waits": waits, "waited_s": time.monotonic() - self._since if waits else 0.0}
         return found | _reader_line(frame)
 
@@ -114,6 +123,21 @@ class Monitor(threading.Thread):
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
+
+
+def _current_frames() -> dict:
+    """sys._current_frames() without a garbage collection inside, which can hang the process for good.
+
+    The call holds a lock that every thread needs to begin and to end; freeing a tensor meanwhile hands the
+    interpreter to such a thread (Python issue 106883, fixed in later releases).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _give_waits_a_frame() -> None:
