@@ -49,7 +49,7 @@ def names_holding_a_group(variables: dict) -> list[str]:
 
     def holds(value) -> bool:
         names = {kind.__name__ for kind in type(value).__mro__}
-        if names & _HOLDERS or getattr(value, "holds_process_group", False):
+        if names & _HOLDERS or (getattr(value, "holds_process_group", False) and not isinstance(value, type)):
             return True
         return isinstance(value, nn.Module) and any(map(holds, value.children()))
 
