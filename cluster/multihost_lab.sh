@@ -64,11 +64,11 @@ build_network() {
   done
 }
 
-# tbf lets a burst pass at once and then holds the rate: 2.5 ms worth of it, but no less than one large packet.
+# tbf lets a burst pass at once and then holds the rate: a millisecond's worth, and no less than 20 packets.
 # The queue is long, so that packets wait and none is lost.
 limit_links() { # Mb/s, each way; 0: no limit
-  local burst=$(($1 * 1000000 / 8 / 400))
-  [ "$burst" -ge 70000 ] || burst=70000
+  local burst=$(($1 * 1000000 / 8 / 1000))
+  [ "$burst" -ge 32000 ] || burst=32000
   for h in $(seq "$hosts"); do
     for at in "-n $(host "$h") qdisc replace dev eth0" "-n $switch qdisc replace dev port$h"; do
       # shellcheck disable=SC2086  # $at is several words
@@ -77,11 +77,11 @@ limit_links() { # Mb/s, each way; 0: no limit
   done
 }
 
-start_host() { # number, then the arguments of workshop_utils.train
+start_host() { # in the background: number, then the arguments of workshop_utils.train
   local h=$1 is_host=false
   shift
   [ "$h" != 1 ] || is_host=true
-  ip netns exec "$(host "$h")" env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=eth0 \
+  exec ip netns exec "$(host "$h")" env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=eth0 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
     "$python" -m torch.distributed.run --nnodes="$hosts" --nproc-per-node=1 --rdzv-backend=c10d \
     --rdzv-endpoint="$(address 1):29500" --rdzv-conf="is_host=$is_host,join_timeout=60" \
     --local-addr="$(address "$h")" --rdzv-id="$lab" \
@@ -112,7 +112,7 @@ compare_rates() {
 lose_a_host() {
   local folder=$out/checkpoints arguments pids=() h
   rm -rf "$folder"
-  arguments=(--strategy ddp --model "$model" --steps 400 --checkpoint-dir "$folder" --checkpoint-every 20 --timeout-s 8)
+  arguments=(--strategy ddp --model "$model" --steps 200 --checkpoint-dir "$folder" --checkpoint-every 20 --timeout-s 8)
   limit_links 200
   echo "an undisturbed run"
   train_on_all "${arguments[@]}" --report "$out/undisturbed.json"

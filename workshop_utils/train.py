@@ -178,10 +178,18 @@ def join_group(options: argparse.Namespace) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if options.strategy != "single":
-        if local_world_size == told("WORLD_SIZE", 1):  # one machine: nothing has to leave it
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
         timeout = datetime.timedelta(seconds=options.timeout_s)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        one_machine = local_world_size == told("WORLD_SIZE", 1)
+        if one_machine:  # nothing has to leave it
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if one_machine:
+            # torchrun keeps one store for all attempts: without a name of its own, an attempt may read where the
+            # processes of the one before were listening, and wait for the dead. Several hosts need not have counted
+            # the same number of restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store each time.
+            store = dist.PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return device
 
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, LogLocator
 
 from workshop_utils.plotting import MUTED
 
@@ -64,6 +64,35 @@ def plot_predicted_measured(title: str, predicted_s: dict, measured_s: dict) -> 
     ax.invert_yaxis()
     ax.tick_params(left=False)
     ax.legend(loc="lower right")
+    return figure
+
+
+def plot_multihost(rows: list[dict]) -> Figure:
+    """Step time against the link's rate, a panel for each strategy, from cluster/compare.py's rows.
+
+    Marks are measured between throttled hosts and on an emulated link, lines are the formula for each.
+    """
+    strategies = sorted({row["strategy"] for row in rows})
+    figure, axes = plt.subplots(1, len(strategies), figsize=(7.2, 3.4), sharey=True, squeeze=False)
+    for ax, strategy in zip(axes[0], strategies):
+        chosen = [row for row in rows if row["strategy"] == strategy and row["link_mbit"]]
+        rates = [row["link_mbit"] for row in chosen]
+        for name, measured, predicted, color, mark in (
+            ("throttled hosts", "step_s", "predicted_s", _BAR, "o"),
+            ("emulated link", "emulated_s", "emulated_predicted_s", _MARK, "s"),
+        ):
+            ax.plot(rates, [row[predicted] for row in chosen], color=color, label=f"{name}, formula")
+            ax.plot(rates, [row[measured] for row in chosen], mark, color=color, label=f"{name}, measured")
+        ax.set(xscale="log", yscale="log", xlabel="link, Mb/s each way", title=strategy)
+        ax.xaxis.set_major_locator(FixedLocator(rates))
+        ax.xaxis.set_minor_locator(FixedLocator([]))
+        ax.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(FixedLocator([]))
+        ax.yaxis.set_major_formatter(lambda time_s, _: _seconds(time_s))
+        ax.grid(True)
+    axes[0][0].set_ylabel("one step")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=2)
     return figure
 
 
