@@ -77,9 +77,12 @@ class DataParallel(nn.Module):
     overlap       False: everything is sent in finish_gradient_sync, by the calling thread
 
     Each step: forward, backward, `finish_gradient_sync()`, optimizer.step(). Until it has returned, gradients are
-    under way: leave them alone, and start no collective of your own on the default group. Buffers are broadcast
-    from rank 0 at each forward in training. Uneven batches: the mean of the ranks' means is not the mean over all
-    samples; weight each rank's mean loss by local_n * world_size / global_n.
+    under way: leave them alone, and start no collective of your own on the default group. Uneven batches: the mean of
+    the ranks' means is not the mean over all samples; weight each rank's mean loss by
+    local_n * world_size / global_n.
+
+    Buffers (the running means of BatchNorm) become rank 0's in finish_gradient_sync. So every forward in training
+    starts from rank 0's, as in torch's DistributedDataParallel, and so does an evaluation on any rank.
 
     Raises ValueError on all ranks if they wrap different modules. Parameters are rank 0's from here on.
     """
@@ -102,13 +105,19 @@ class DataParallel(nn.Module):
         self._listen()
 
     def _listen(self) -> None:
-        """Hooks hold this object weakly: when it goes, they go, and the module can be wrapped again."""
-        me = weakref.WeakMethod(self._on_gradient)
-        handles = [
-            p.register_post_accumulate_grad_hook(partial(_call_if_alive, me, bucket, slot))
-            for bucket in self._buckets
-            for slot, p in enumerate(bucket.parameters)
-        ]
+        """Hooks hold this object weakly: when it goes, they go.
+
+        A module that is wrapped again must not keep the hooks of the earlier wrapper, which may live on, for instance
+        in the traceback of a cell that failed.
+        """
+        me, handles = weakref.WeakMethod(self._on_gradient), []
+        for bucket in self._buckets:
+            for slot, parameter in enumerate(bucket.parameters):
+                if earlier := getattr(parameter, "_data_parallel_hook", None):
+                    earlier.remove()
+                hook = partial(_call_if_alive, me, bucket, slot)
+                parameter._data_parallel_hook = parameter.register_post_accumulate_grad_hook(hook)
+                handles.append(parameter._data_parallel_hook)
         weakref.finalize(self, _let_go, handles, self._background)
 
     def forward(self, *args, **kwargs):
@@ -118,8 +127,6 @@ class DataParallel(nn.Module):
         self._check_before_forward()
         if self._step.finished:
             self._step = _Step()
-        if self._sync and self.module.training:
-            _broadcast_all(list(self.module.buffers()), 0, self._group)
         step, began_s = self._step, time.monotonic()
         output = self.module(*args, **kwargs)
         step.forwards.append((began_s, time.monotonic()))
@@ -148,6 +155,7 @@ class DataParallel(nn.Module):
                 self._background.wait()
             for bucket in self._buckets:
                 bucket.hand_out()
+        _broadcast_all(list(self.module.buffers()), 0, self._group)
         step.broken, step.finished, step.waited = False, True, (began_s, time.monotonic())
 
     @contextmanager
@@ -316,7 +324,7 @@ def _broadcast_all(tensors: list[Tensor], src: int, group: dist.ProcessGroup | N
 
 
 def _broadcast_together(tensors: list[Tensor], src: int, group: dist.ProcessGroup | None) -> None:
-    packed = torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in tensors])
+    packed = torch.cat([t.detach().contiguous().view(-1).view(torch.uint8) for t in tensors])
     broadcast_(packed, src, group)
     for tensor, part in zip(tensors, packed.split([t.nbytes for t in tensors])):
         with flat_view(tensor) as flat:

@@ -47,6 +47,10 @@ class Bucket:
             view.zero_()
             self.flags[slot] = 0
         else:
+            if parameter.grad.is_sparse:
+                raise RuntimeError(
+                    "a sparse gradient cannot lie in a bucket: build the layer with sparse=False"
+                )
             torch.div(parameter.grad, world_size, out=view)
             parameter.grad = view
             self.flags[slot] = 1

@@ -48,6 +48,8 @@ def names_holding_a_group(variables: dict) -> list[str]:
     """Names of the variables that keep a reference to a process group or device mesh."""
 
     def holds(value) -> bool:
+        if isinstance(value, type):
+            return False
         names = {kind.__name__ for kind in type(value).__mro__}
         if names & _HOLDERS or (getattr(value, "holds_process_group", False) and not isinstance(value, type)):
             return True
