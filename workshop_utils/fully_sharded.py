@@ -171,8 +171,8 @@ class Unit:
             for tensor in outputs:
                 tensor.register_hook(self.before_backward)
             trainable = any(flat.shard.requires_grad for flat in self.flat_shards)
-            if not self.model.reshard_after_forward or (trainable and not outputs):
-                return  # without an output to watch, backward would come unseen
+            if not self.model.reshard_after_forward or (trainable and not outputs and output is not None):
+                return  # with no tensor to watch, backward would come unseen
         if not self.in_backward:
             self.free()
 
