@@ -190,17 +190,10 @@ assert apart == 0 and off < 1e-10
 #
 # ## Why not exactly?
 #
-# **Predict.** The first gradient, in float32: how many per cent of its entries differ from one process in some bit?
+# **Predict.** The first gradient, in float32: how many of its entries differ from those of one process in some bit?
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils import sub_world
-
-### BEGIN SOLUTION
-# ~ my_guess_percent = None
-my_guess_percent = 50
-### END SOLUTION
-guess("% of the entries with another bit", my_guess_percent)
-assert compare(step_2, torch.float32)[1] < 1e-5
 
 
 def part_gradient(part, n):
@@ -212,24 +205,20 @@ def part_gradient(part, n):
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
 
-def averaged_gradient(n):
+def summed_gradient(n):
     with sub_world(n) as inside:
-        flat = part_gradient(dist.get_rank(), n) if inside else None
         if inside:
+            flat = part_gradient(dist.get_rank(), n)
             ring_all_reduce_(flat)
-        return flat
+            return flat
 
 
+assert compare(step_2, torch.float32)[1] < 1e-5
 for n in (2, 4):
-    averaged, accumulated = (
-        ranks.run(averaged_gradient, n)[0] / n,
-        sum(part_gradient(i, n) for i in range(n)) / n,
-    )
-    other, order = ((averaged != g).float().mean().item() for g in (part_gradient(0, 1), accumulated))
-    print(
-        f"{n} ranks: {other:.0%} are not the whole batch's bits; {order:.0%} not those of {n} parts in one process"
-    )
-compare_guess("% of the entries with another bit", 100 * other, "%")
+    averaged, whole = ranks.run(summed_gradient, n)[0] / n, part_gradient(0, 1)
+    accumulated = sum(part_gradient(part, n) for part in range(n)) / n
+    share, same = (averaged != whole).float().mean(), torch.equal(averaged, accumulated)
+    print(f"{n} ranks: {share:.0%} of the entries differ; equal to {n} parts added up in one process: {same}")
 
 # %% [markdown]
 # A sum of rounded numbers depends on the order of the additions, and a matrix product over 96 images adds in another
@@ -337,12 +326,13 @@ def flatten(bucket):
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
 
 
-def put_back(bucket, flat, job):
-    """Wait for the all-reduce of `flat`; its means become the gradients of the bucket's parameters."""
-    job.result()
-    pieces = (flat / dist.get_world_size()).split([p.numel() for p in bucket])
-    for parameter, piece in zip(bucket, pieces):
-        parameter.grad = piece.view_as(parameter)
+def put_back(running):
+    """Wait for each (bucket, flat, job); the means become the gradients of the bucket's parameters."""
+    for bucket, flat, job in running:
+        job.result()
+        pieces = (flat / dist.get_world_size()).split([p.numel() for p in bucket])
+        for parameter, piece in zip(bucket, pieces):
+            parameter.grad = piece.view_as(parameter)
 
 
 # %% [markdown]
@@ -359,13 +349,13 @@ def put_back(bucket, flat, job):
 # 2. A bucket is complete if `ready.issuperset(bucket)`. A parameter without a gradient never gets ready, so `finish`
 #    calls all of them ready: `ready.update(trainable)`. Then `start_complete_ones()` starts the rest, in order.
 # 3. Start: `while len(running) < len(buckets) and ready.issuperset(buckets[len(running)])`: `flat = flatten(bucket)`,
-#    `running.append((bucket, flat, start(flat)))`. Finish: the two lines of hint 2, `put_back(bucket, flat, job)` for
-#    each entry of `running`, then clear `ready` and `running`.
+#    `running.append((bucket, flat, start(flat)))`. Finish: the two lines of hint 2, `put_back(running)`, then clear
+#    `ready` and `running`.
 
 
 # %% tags=["exercise-3.4", "nbval-check-output"]
 def start_in_buckets(module, bucket_bytes, start):
-    """Gradients fill buckets; start(flat) begins the all-reduce of a complete one. Returns finish()."""
+    """Buckets, each all-reduced by start(flat) when it is complete. Returns finish()."""
     buckets, ready, running = [[]], set(), []  # running: (bucket, flat, job) of those started
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in reversed(trainable):
@@ -386,11 +376,10 @@ def start_in_buckets(module, bucket_bytes, start):
 
     def finish():
         ### BEGIN SOLUTION
-        # ~ pass  # TODO: start the rest; put_back each; clear
+        # ~ pass  # TODO: start the rest; put_back(running); clear
         ready.update(trainable)
         start_complete_ones()
-        for bucket, flat, job in running:
-            put_back(bucket, flat, job)
+        put_back(running)
         ready.clear(), running.clear()
         ### END SOLUTION
 
@@ -441,22 +430,22 @@ assert apart == 0 and off < 1e-10
 # %%
 import contextlib
 import copy
+import os
 import statistics
+import sys
 import time
 
 from workshop_utils.data_parallel import DataParallel
 from workshop_utils.network import LINKS, Link, ring_all_reduce_s
-from workshop_utils.plotting.data_parallel import (
-    plot_links,
-    plot_losses,
-    plot_scaling,
-    plot_shards,
-    plot_timelines,
-)
+from workshop_utils.plotting import data_parallel as figures
 from workshop_utils.point_to_point import count_traffic, emulate_link, wire_bytes
 
 
-def timed_step(model, x, sync=True):
+def eight_layers():
+    return nn.Sequential(*[part for _ in range(8) for part in (nn.Linear(512, 512), nn.ReLU())])
+
+
+def timed_step(model, x, sync):
     """Seconds of forward, backward and, if asked for, the gradients' way to the other ranks."""
     model.zero_grad()
     dist.barrier()
@@ -468,24 +457,30 @@ def timed_step(model, x, sync=True):
 
 
 # %% tags=["nbval-ignore-output"]
-def eight_layers():
-    return nn.Sequential(*[part for _ in range(8) for part in (nn.Linear(512, 512), nn.ReLU())])
-
-
-def overlap_off_and_on(link, rounds):
-    """{overlap: (median seconds of a step, timeline of the last step)} on this rank."""
+def measure(n, link, rounds):
+    """{way: (median seconds of a step, timeline of the last)}: compute "alone", overlap "off" and "on"."""
     torch.manual_seed(dist.get_rank())
-    x, times_s = torch.randn(IMAGES, 512), {False: [], True: []}
-    models = {o: DataParallel(eight_layers(), bucket_bytes=2**20, overlap=o) for o in times_s}
-    with emulate_link(link):
-        for _ in range(rounds + 1):
-            for overlap, model in models.items():
-                times_s[overlap].append(timed_step(model, x))
-    return {o: (statistics.median(times_s[o][1:]), models[o].timeline) for o in models}
+    x, times_s = torch.randn(256, 512), {"alone": [], "off": [], "on": []}
+    with sub_world(n) as inside:
+        if inside:
+            models = {w: DataParallel(eight_layers(), bucket_bytes=2**20, overlap=w == "on") for w in times_s}
+            with emulate_link(link):
+                for way in list(times_s) * (rounds + 1):  # the first round warms up
+                    times_s[way].append(timed_step(models[way], x, sync=way != "alone"))
+            last = -max(rounds, 1)
+            return {way: (statistics.median(times_s[way][last:]), models[way].timeline) for way in models}
 
 
-IMAGES, rounds, link = 256, 4 if PROFILE == "quick" else 21, LINKS["1 Gb/s Ethernet"]
-by_rank = ranks.run(overlap_off_and_on, link, rounds)
+def slowest(n, link, rounds):
+    """({way: seconds of the slowest rank}, {way: [timeline of each rank]})"""
+    seen = ranks.run(measure, n, link, rounds)[:n]
+    return tuple(
+        {way: combine([s[way][i] for s in seen]) for way in seen[0]} for i, combine in ((0, max), (1, list))
+    )
+
+
+rounds, link = 4 if PROFILE == "quick" else 21, LINKS["1 Gb/s Ethernet"]
+step_s, timelines = slowest(len(ranks), link, rounds)
 
 # %% tags=["nbval-ignore-output"]
 ### BEGIN SOLUTION
@@ -493,18 +488,17 @@ by_rank = ranks.run(overlap_off_and_on, link, rounds)
 my_guess_ratio = 1.5
 ### END SOLUTION
 guess("overlap off / on, 1 Gb/s", my_guess_ratio)
-step_s = {overlap: max(seen[overlap][0] for seen in by_rank) for overlap in (False, True)}
-panels = {
-    f"overlap {'on' if o else 'off'}: {1e3 * step_s[o]:.0f} ms (median)": [seen[o][1] for seen in by_rank]
-    for o in step_s
-}
-figure = plot_timelines("One step, as each rank's clock saw it", panels)
-for rank, seen in enumerate(by_rank):
-    spans = {label: (began_s, ended_s) for label, began_s, ended_s in seen[True][1]}
-    early = [name for name in spans if name.startswith("bucket") and spans[name][0] < spans["backward"][1]]
+panels = {f"overlap {o}: {1e3 * step_s[o]:.0f} ms (median)": timelines[o] for o in ("off", "on")}
+figure = figures.plot_timelines("One step, as each rank's clock saw it", panels)
+plt.show()
+for rank, timeline in enumerate(timelines["on"]):
+    began_s, ended_s = ({label: span[i] for label, *span in timeline} for i in (0, 1))
+    early = [
+        label for label in began_s if label.startswith("bucket") and began_s[label] < ended_s["backward"]
+    ]
     print(f"rank {rank}: {len(early)} of 8 buckets started before its backward had ended")
     assert early
-overlap_ratio = step_s[False] / step_s[True]
+overlap_ratio = step_s["off"] / step_s["on"]
 compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
 
 # %% [markdown]
@@ -516,127 +510,81 @@ compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
 #
 # ## What else does a real model do?
 #
-# **Accumulation.** Four small backwards and then one update. Only the last needs the other ranks:
-# inside `model.no_sync()` gradients add up on their own rank.
-
-
-# %% tags=["nbval-check-output"]
-def accumulate(n_micro, always_sync):
-    """MB sent by this rank, and the distance of its gradients from those of one process."""
-    torch.manual_seed(dist.get_rank())
-    rank, n, model = dist.get_rank(), dist.get_world_size(), DataParallel(MLP().double())
-    alone, (images, labels) = copy.deepcopy(model.module), batches[0]
-    F.cross_entropy(alone(images.double()), labels).backward()
-    parts = list(zip(images.chunk(n)[rank].chunk(n_micro), labels.chunk(n)[rank].chunk(n_micro)))
-    with count_traffic() as traffic:
-        for i, (x, y) in enumerate(parts):
-            last = i == n_micro - 1
-            with contextlib.nullcontext() if last or always_sync else model.no_sync():
-                (F.cross_entropy(model(x.double()), y) / n_micro).backward()
-                model.finish_gradient_sync()
-    pairs = zip(model.parameters(), alone.parameters())
-    return traffic.bytes_sent / 1e6, max((p.grad - q.grad).abs().max().item() for p, q in pairs)
-
-
-for always_sync in (True, False):
-    megabytes, off = zip(*ranks.run(accumulate, 4, always_sync))
-    assert max(off) < 1e-10
-    print(
-        f"{'sync after each part' if always_sync else 'no_sync for the first three'}: {max(megabytes):.1f} MB per rank"
-    )
-
-# %% [markdown]
-# The same gradients for a quarter of the bytes.
+# - **Uneven batches.** 9 images on four ranks are 3, 2, 2, 2. Each rank's loss is a mean over its own, and a mean of
+#   means is not the mean (exercise 1.4). Weighted by `local_n * world_size / global_n` it is.
+# - **Tied, frozen, unused.** The model below has one weight in two places, a frozen layer, and a layer that works only
+#   for bright images, so that on some ranks it gets no gradient.
+# - **Accumulation.** Two small backwards, then one update. Only the last needs the other ranks: inside `model.no_sync()`
+#   gradients add up on their own rank.
+# - **Buffers.** A batch normalisation updates its running mean from its own rank's images. `DataParallel` replaces it
+#   by rank 0's in `finish_gradient_sync`; torch's does so at the start of the next forward.
 #
-# **Uneven batches.** 10 images on four ranks are 3, 3, 2, 2. Each rank's loss is a mean over its own, and a mean of means
-# is not the mean (exercise 1.4). Weighted by `local_n * world_size / global_n` it is, also for a rank without any image.
-#
-# **Tied, frozen, unused.** The model below has one weight in two places, a frozen layer, and a layer that works only for
-# bright images, so that on some ranks it may get no gradient. Every optimizer, every world size, after every step:
+# **Predict.** Which of them will not be equal to one process?
 
 
 # %%
 class Awkward(nn.Module):
-    def __init__(self):
+    def __init__(self, batch_norm):
         super().__init__()
         self.fc1, self.fc2, self.tied = nn.Linear(784, 20), nn.Linear(20, 20), nn.Linear(20, 20)
         self.frozen, self.bright = nn.Linear(20, 20).requires_grad_(False), nn.Linear(20, 20)
+        self.norm = nn.BatchNorm1d(20) if batch_norm else nn.Identity()
         self.tied.weight = self.fc2.weight
 
     def forward(self, images):
-        h, bright = self.frozen(self.fc2(self.fc1(images).relu()).relu()), images.mean(dim=1) > 0.18
+        h, bright = self.frozen(self.norm(self.fc2(self.fc1(images)))), images.mean(dim=1) > 0.18
         return self.tied(h + bright[:, None] * self.bright(h) if bright.any() else h)
 
 
-def train_awkward(prepare, make_optimizer, rank=0, n=1):
-    """The weights after each step [steps, D] on batches of 10, 7 and 3 images."""
+def train_awkward(wrap, make_optimizer, batch_norm, parts, rank=0, n=1):
+    """The weights after each step [steps, D]; this rank's share goes through the model in `parts`."""
     torch.manual_seed(rank)
-    model, after_steps = Awkward().double(), []
-    finish, optimizer = prepare(model), make_optimizer(model.parameters())
-    for size, (x, y) in zip((10, 7, 3), batches):
-        x, y = x[:size].tensor_split(n)[rank].double(), y[:size].tensor_split(n)[rank]
+    model, after_steps = wrap(Awkward(batch_norm).double()), []
+    optimizer = make_optimizer(model.parameters())
+    for size, batch in zip((24, 18, 9), batches):
+        shares = [tensor[:size].tensor_split(n)[rank].tensor_split(parts) for tensor in batch]
         optimizer.zero_grad()
-        (F.cross_entropy(model(x), y, reduction="sum") * n / size).backward()
-        finish()
+        for i, (x, y) in enumerate(zip(*shares)):
+            with model.no_sync() if i < parts - 1 else contextlib.nullcontext():
+                (F.cross_entropy(model(x.double()), y, reduction="sum") * n / size).backward()
+                model.finish_gradient_sync()
         optimizer.step()
         after_steps.append(nn.utils.parameters_to_vector(model.parameters()).detach())
     return torch.stack(after_steps)
 
 
 # %% tags=["nbval-check-output"]
-def on_ranks(n, make_optimizer):
-    def prepare(model):
-        return DataParallel(model, bucket_bytes=5_000).finish_gradient_sync
-
-    with sub_world(n) as inside:
-        return train_awkward(prepare, make_optimizer, dist.get_rank(), n) if inside else None
+def alone(model):
+    model.no_sync, model.finish_gradient_sync = contextlib.nullcontext, lambda: None
+    return model
 
 
-optimizers = {
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-}
-for name, make_optimizer in optimizers.items():
-    expected = train_awkward(step_0, make_optimizer)
+def on_ranks(n, *settings):
+    with sub_world(n) as inside, count_traffic() as traffic:
+        weights = train_awkward(DataParallel, *settings, dist.get_rank(), n) if inside else None
+    return weights, traffic.bytes_sent
+
+
+sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+adam = lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+rows = {"momentum": (sgd, False, 1), "Adam": (adam, False, 1), "two parts, no_sync": (sgd, False, 2)}
+for name, settings in (rows | {"batch norm": (sgd, True, 1)}).items():
+    expected, equal, sent = train_awkward(alone, *settings), [], []
     for n in range(1, len(ranks) + 1):
-        replicas = ranks.run(on_ranks, n, make_optimizer)[:n]
-        assert all((weights - expected).abs().max() < 1e-10 for weights in replicas)
-    print(f"{name:9} 1 to {len(ranks)} ranks: within 1e-10 of one process after each of three steps")
+        weights, bytes_sent = zip(*ranks.run(on_ranks, n, *settings)[:n])
+        equal.append(all((w - expected).abs().max() < 1e-10 for w in weights))
+        sent.append(f"{sum(bytes_sent) / 1e3:.0f}")
+    print(f"{name:19} equal to one process on 1, 2, ... ranks: {equal}; KB sent: {', '.join(sent)}")
+    assert all(equal) or name == "batch norm"
 
 # %% [markdown]
-# One detail is hidden in there. A parameter that *no* rank used must keep `.grad = None`, as in one process: zeros would
-# let momentum and weight decay move it. So each bucket carries one more number per parameter, 1 where a rank has a
-# gradient, and the sum tells everybody.
+# `no_sync` sends as much for two backwards as the others for one. One detail is hidden in the first rows. A parameter
+# that *no* rank used must keep `.grad = None`, as in one process: zeros would let momentum and weight decay move it. So
+# each bucket carries one more number per parameter, 1 where a rank has a gradient; the sum tells everybody.
 #
-# **Buffers.** A batch normalisation takes mean and variance over its own rank's part. Its running mean differs between
-# ranks after each forward. `DataParallel`, like torch's, starts each forward with rank 0's. But no broadcast
-# repairs that each part was normalised by itself:
-
-
-# %% tags=["nbval-ignore-output"]
-def with_batch_norm(n):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 20), nn.BatchNorm1d(20), nn.Linear(20, 10)).double()
-    parallel = DataParallel(copy.deepcopy(model))
-    x = batches[0][0].double()
-    model(x).square().mean().backward()
-    parallel(x.chunk(n)[dist.get_rank()]).square().mean().backward()
-    parallel.finish_gradient_sync()
-    off = (parallel.module[0].weight.grad - model[0].weight.grad).abs().max() / model[
-        0
-    ].weight.grad.abs().max()
-    return off.item(), parallel.module[1].running_mean[:3].tolist()
-
-
-for rank, (off, mean) in enumerate(ranks.run(with_batch_norm, len(ranks))):
-    print(
-        f"rank {rank}: gradient off by {off:.0%} of its largest entry; running mean {[round(m, 4) for m in mean]}"
-    )
-
-# %% [markdown]
-# Parity is lost, as notebook 01 warned: rows meet in the forward. `nn.SyncBatchNorm` (on GPUs) sends the means in the
-# forward. Layer normalisation, which works within a row, has no such trouble.
+# Batch norm is the one that fails, as notebook 01 warned: rows meet in the forward, and each rank normalises
+# with the mean of its own images. No averaging of gradients repairs that. `nn.SyncBatchNorm` (GPUs only) sends the means in
+# the forward; layer normalisation, which works within a row, has no such trouble.
 #
 # ## Which images does a rank get?
 #
@@ -671,8 +619,6 @@ check("3.5", shard_indices)
 # What if one of these rules is broken? A row is an epoch, a column is one of 22 samples, and a colour is a rank.
 
 # %% tags=["nbval-ignore-output"]
-from workshop_utils.training import evaluate, train_step
-
 shard_indices, n, N = mine("shard_indices"), len(ranks), 22
 rows = {
     "epoch 0": [shard_indices(N, r, n) for r in range(n)],
@@ -682,9 +628,13 @@ rows = {
     "no permutation": [[i % N for i in range(r, N + 2, n)] for r in range(n)],
     "no padding": [shard_indices(N, r, n, epoch=2)[: 6 if r < 2 else 5] for r in range(n)],
 }
-figure = plot_shards("Who sees which sample", rows, N)
+figure = figures.plot_shards("Who sees which sample", rows, N)
 seen = {i for r in range(n) for i in shard_indices(1200, r, n, seed=r)}
 print(f"a permutation for each rank: {len(seen) / 1200:.0%} of the samples are seen, 1 - (3/4)^4")
+
+
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.training import evaluate, train_step
 
 
 def train_in_order(order, batch_size, learning_rate, warm_up=0):
@@ -787,7 +737,7 @@ for name, settings in runs.items():
     losses, width = train_in_order(twice, *settings)[1], 512 // settings[0]
     smooth = [statistics.mean(losses[max(0, i - width) : i + 1]) for i in range(len(losses))]
     curves[name] = ([settings[0] * (i + 1) for i in range(len(losses))], smooth)
-figure = plot_losses("The same images, another batch", curves)
+figure = figures.plot_losses("The same images, another batch", curves)
 
 # %% [markdown]
 # With the same rate the large batch takes an eighth of the updates and has learned much less. With 8 times the rate it
@@ -800,8 +750,6 @@ figure = plot_losses("The same images, another batch", curves)
 # itself at the end of the backward, so there is no `finish_gradient_sync()`.
 
 # %% tags=["nbval-ignore-output"]
-import sys
-
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -844,7 +792,9 @@ for name in wrappers:
     )
 print(f"step time, ours / torch's: {ddp_s['ours'] / ddp_s['torch']:.2f}")
 assert torch.allclose(losses["ours"], losses["torch"], rtol=1e-4)
-figure = plot_losses("The same curve", {n: (range(len(v)), v) for n, v in losses.items()}, xlabel="step")
+figure = figures.plot_losses(
+    "The same curve", {n: (range(len(v)), v) for n, v in losses.items()}, xlabel="step"
+)
 
 # %% [markdown]
 # The curves lie on each other, and both send 2(n-1)/n S, which is 1.5 S here, plus some headers. That is the ring of
@@ -857,9 +807,6 @@ figure = plot_losses("The same curve", {n: (range(len(v)), v) for n, v in losses
 
 
 # %% tags=["nbval-ignore-output"]
-import os
-
-
 def train_with_accelerate(images, labels):
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "ACCELERATE_USE_CPU": "true"}  # no port is opened
@@ -898,43 +845,24 @@ assert torch.allclose(by_accelerate, losses["ours"][:3], rtol=1e-4)
 #
 # ## How does it scale?
 #
-# Each rank keeps its batch of 256, so n ranks do n times the work in a step. What is left for communication? `no_sync`
-# measures the compute alone; the formula of notebook 02 predicts the all-reduce. Here without overlap, so that the share
-# can be seen, with a link of 1 Gb/s for each rank.
+# Each rank keeps its batch of 256, so n ranks do n times the work in a step. `no_sync` measured the compute alone; the
+# formula of notebook 02 predicts the all-reduce. Overlap is off, so that the share can be seen; 1 Gb/s for each rank.
 
 # %% tags=["nbval-ignore-output"]
-import json
-from importlib import resources
+S, live_s = sum(p.nbytes for p in eight_layers().parameters()), {len(ranks): step_s}
+for n in (1, 2):
+    live_s[n], _ = slowest(n, link, rounds)
 
 
-def measure_step(n, link, rounds, overlap=False):
-    """Median seconds (whole step, compute alone) in a world of n; zeros on ranks outside."""
-    torch.manual_seed(0)
-    with sub_world(n) as inside:
-        if not inside:
-            return 0.0, 0.0
-        model, times_s = (
-            DataParallel(eight_layers(), bucket_bytes=2**20, overlap=overlap),
-            {True: [], False: []},
-        )
-        x = torch.randn(IMAGES, 512)
-        with emulate_link(link):
-            for sync in (True, False) * (rounds + 1):
-                times_s[sync].append(timed_step(model, x, sync))
-        return statistics.median(times_s[True][1:]), statistics.median(times_s[False][1:])
+def share_predicted(n, compute_s):
+    sending_s = ring_all_reduce_s(S, n, link)
+    return sending_s / (sending_s + compute_s)
 
 
-def slowest(*args):
-    return [max(seconds) for seconds in zip(*ranks.run(measure_step, *args))]
-
-
-S, live = sum(p.nbytes for p in eight_layers().parameters()), {n: slowest(n, link, rounds) for n in (1, 2, 4)}
-shares = {n: 1 - compute_s / whole_s for n, (whole_s, compute_s) in live.items()}
-formula_s = {n: ring_all_reduce_s(S, n, link) for n in live}
-predicted = {n: formula_s[n] / (formula_s[n] + live[n][1]) for n in live}
-for n in live:
+for n, seen in sorted(live_s.items()):
+    rate, share = 1 / seen["off"], 1 - seen["alone"] / seen["off"]
     print(
-        f"{n} ranks: {1 / live[n][0]:.2f} steps/s, communication {shares[n]:.0%}, predicted {predicted[n]:.0%}"
+        f"{n} ranks: {rate:.1f} steps/s, communication {share:.0%}, predicted {share_predicted(n, seen['alone']):.0%}"
     )
 
 # %% [markdown]
@@ -944,23 +872,25 @@ for n in live:
 
 # %% tags=["nbval-ignore-output"]
 rates = [0.1, 0.5, 2] if PROFILE == "quick" else [0.1, 0.2, 0.5, 1, 2]  # Gb/s
-links = [Link(50e-6, rate * 125e6) for rate in rates]
-repeats = 1 if PROFILE == "quick" else 9
-measured = {o: [slowest(4, each, repeats, o == "on") for each in links] for o in ("off", "on")}
-compute_s = statistics.median(pair[1] for pairs in measured.values() for pair in pairs)
+by_link = {
+    rate * 125e6: slowest(4, Link(50e-6, rate * 125e6), 0 if PROFILE == "quick" else 9)[0] for rate in rates
+}
+compute_s = statistics.median(seen["alone"] for seen in by_link.values())
 bandwidths = [12.5e6 * 10 ** (k / 8) for k in range(38)]
 sending_s = [ring_all_reduce_s(S, 4, Link(50e-6 if b < 2e9 else 5e-6, b)) for b in bandwidths]
-predicted_s = {
-    "overlap off": [compute_s + time_s for time_s in sending_s],
-    "overlap on": [max(compute_s, compute_s / 3 + time_s) for time_s in sending_s],
-}
-measured_s = {
-    f"overlap {o}": ([each.bandwidth_bytes_per_s for each in links], [whole_s for whole_s, _ in measured[o]])
-    for o in measured
-}
-names = ("10 Gb/s Ethernet", "PCIe 4 x16", "NVLink 4")
-marks = {name: LINKS[name].bandwidth_bytes_per_s for name in names}
-figure = plot_links("8.4 MB of gradients, 4 ranks", bandwidths, compute_s, predicted_s, measured_s, marks)
+figure = figures.plot_links(
+    "8.4 MB of gradients, 4 ranks",
+    bandwidths,
+    compute_s,
+    predicted_s={
+        "overlap off": [compute_s + time_s for time_s in sending_s],
+        "overlap on": [max(compute_s, compute_s / 3 + time_s) for time_s in sending_s],
+    },
+    measured_s={
+        f"overlap {o}": (list(by_link), [seen[o] for seen in by_link.values()]) for o in ("off", "on")
+    },
+    marks={k: LINKS[k].bandwidth_bytes_per_s for k in ("10 Gb/s Ethernet", "PCIe 4 x16", "NVLink 4")},
+)
 
 # %% [markdown]
 # Left of the knee the link decides, right of it the compute. Overlap moves the knee, by a factor of two at best. For the
@@ -1128,8 +1058,14 @@ print(f"{seen} batches and no error; gradients equal to find_unused_parameters: 
 # The same training as a script: `workshop_utils/train.py`. `torchrun` starts the processes and gives each its rank in
 # environment variables. While it runs, its store, where the ranks meet, listens on all interfaces of this machine, also
 # with `--standalone`.
+#
+# **If a worker dies** (extra, 3 min, with `PROFILE = "full"`), torchrun starts all workers again, up to `--max-restarts`
+# times. The script saves a checkpoint every K steps and goes on from the newest, so what is lost are the steps since.
+# The second cell kills a worker with SIGKILL after the first checkpoint. Then it compares the final weights, by their
+# SHA-256, with those of an undisturbed run.
 
 # %% tags=["nbval-ignore-output"]
+import json
 import subprocess
 import tempfile
 from pathlib import Path
@@ -1137,18 +1073,9 @@ from pathlib import Path
 
 def torchrun(folder, num_processes, *options, restarts=0):
     """The command line of a training under torchrun; its report goes to folder/report.json."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    script = [
-        "-m",
-        "workshop_utils.train",
-        "--strategy",
-        "ddp",
-        "--model",
-        "mlp",
-        "--report",
-        f"{folder}/report.json",
-    ]
-    return [*run, f"--max-restarts={restarts}", *script, *options]
+    run = f"-m torch.distributed.run --standalone --nproc-per-node={num_processes} --max-restarts={restarts}"
+    script = "-m workshop_utils.train --strategy ddp --model mlp --report"
+    return [sys.executable, *run.split(), *script.split(), f"{folder}/report.json", *options]
 
 
 with tempfile.TemporaryDirectory() as folder:
@@ -1159,42 +1086,29 @@ with tempfile.TemporaryDirectory() as folder:
     report = json.loads(Path(folder, "report.json").read_text())
 print(f"loss {report['losses'][0]:.2f} to {report['losses'][-1]:.2f} in {len(report['losses'])} steps")
 
-# %% [markdown]
-# ### And if a worker dies?  (extra, 3 min, `PROFILE = "full"`)
-#
-# torchrun starts all workers again, with `--max-restarts`. The script saves a checkpoint every K steps and resumes from
-# the newest one. So what is lost are the steps since. Below a worker is killed with SIGKILL after the first checkpoint,
-# and the weights at the end are compared, by their SHA-256, with those of an undisturbed run.
-
 # %% tags=["extra", "nbval-ignore-output"]
 import psutil
 
 
 def kill_a_worker(command, checkpoints):
-    """Run the command, kill one of its workers once there is a checkpoint, and wait for its end."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not any(Path(checkpoints).glob("*")) and process.poll() is None:
-        time.sleep(0.02)
-    worker = psutil.Process(process.pid).children()[-1]
-    worker.kill()
-    return worker.pid, process.wait(timeout=180)
+    """Run the command, kill one of its workers once there is a checkpoint, and wait for the end."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not list(checkpoints.glob("*")) and process.poll() is None:
+            time.sleep(0.02)
+        psutil.Process(process.pid).children()[-1].kill()
 
 
 if PROFILE == "full":
+    options = ["--steps", "600", "--checkpoint-every", "50", "--checkpoint-dir"]
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--steps", "600", "--checkpoint-every", "50", "--checkpoint-dir"]
-        subprocess.run(
-            torchrun(folder, 4, *options, f"{folder}/a"), capture_output=True, timeout=180, check=True
-        )
-        undisturbed = json.loads(Path(folder, "report.json").read_text())
-        pid, returncode = kill_a_worker(
-            torchrun(folder, 4, *options, f"{folder}/b", restarts=1), f"{folder}/b"
-        )
-        resumed = json.loads(Path(folder, "report.json").read_text())
-    print(
-        f"worker {pid} was killed; torchrun ended with {returncode}; resumed at step {resumed['resumed_at']}"
-    )
-    print("the same weights:", resumed["weights_sha256"] == undisturbed["weights_sha256"])
+        report, reports = Path(folder, "report.json"), []
+        subprocess.run(torchrun(folder, 4, *options, f"{folder}/a"), capture_output=True, check=True)
+        reports.append(json.loads(report.read_text()))
+        kill_a_worker(torchrun(folder, 4, *options, f"{folder}/b", restarts=1), Path(folder, "b"))
+        reports.append(json.loads(report.read_text()))
+    for name, seen in zip(("undisturbed", "a worker killed"), reports):
+        print(f"{name}: resumed at step {seen['resumed_at']}, weights {seen['weights_sha256'][:16]}")
+    assert reports[0]["weights_sha256"] == reports[1]["weights_sha256"]
 
 # %% [markdown]
 # ## Recap
@@ -1227,4 +1141,4 @@ ranks.stop()
 print(f"overlap off / on, 4 ranks, 1 Gb/s each: {overlap_ratio:.2f}")
 print(f"step time, our DataParallel / torch's: {ddp_s['ours'] / ddp_s['torch']:.2f}")
 print(f"sent per rank and step: ours {sent_S['ours']:.2f} S, torch's {sent_S['torch']:.2f} S")
-print(f"communication at 4 ranks, 1 Gb/s, no overlap: {shares[4]:.0%} of a step")
+print(f"communication at 4 ranks, 1 Gb/s, no overlap: {1 - step_s['alone'] / step_s['off']:.0%} of a step")

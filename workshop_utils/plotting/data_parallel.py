@@ -135,11 +135,15 @@ def _draw_sample(ax, x: int, y: int, seen_by: list[int]) -> None:
 
 
 def plot_losses(title: str, curves: dict[str, tuple], *, xlabel: str = "images seen") -> Figure:
-    """{label: (x, loss)}. A label's later curves lie on top; every second one is dashed, so equal ones both show."""
+    """{label: (x, losses)}. Every second curve is dashed, so that equal ones both show.
+
+    The axis ends a little above where the curves begin: one that leaves it has diverged.
+    """
     figure, ax = plt.subplots(figsize=(7.6, 3.6))
+    top = 1.4 * max(losses[0] for _, losses in curves.values())
     for place, ((label, (x, losses)), color) in enumerate(zip(curves.items(), _CURVES)):
         ax.plot(x, losses, color=color, label=label, linestyle="--" if place % 2 else "-", linewidth=2)
-    ax.set(title=title, xlabel=xlabel, ylabel="training loss", ylim=(0, None))
+    ax.set(title=title, xlabel=xlabel, ylabel="training loss", ylim=(0, float(top)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     ax.grid(True)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
