@@ -224,7 +224,8 @@ class DataParallel(nn.Module):
         if self._sync and self._step.pending and not self._step.finished:
             raise RuntimeError(
                 "finish_gradient_sync() was not called after the last backward: without it, the optimizer steps on "
-                "gradients that are not averaged yet. Call it after each backward, before optimizer.step()."
+                "gradients that are not averaged yet. Call it after each backward, before optimizer.step(). If a "
+                "mistake cut the last step short, wrap the module again on all ranks."
             )
         for name, parameter in self._frozen:
             if parameter.requires_grad:

@@ -186,7 +186,7 @@ class _Piece:
         """This piece's part of a state tensor of the whole parameter; a step count is everybody's."""
         if key != "step" and isinstance(value, Tensor) and value.shape == self.parameter.shape:
             return value.reshape(-1)[self.low : self.high].clone()
-        return value
+        return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_cut(key: str, value, piece: _Piece) -> bool:
