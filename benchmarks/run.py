@@ -10,9 +10,17 @@ import sys
 from pathlib import Path
 
 import all_reduce
+import data_parallel
+import fully_sharded
+import ring_in_fsdp
 import torch
 
-COMPARISONS = {"all_reduce": all_reduce}
+COMPARISONS = {
+    "all_reduce": all_reduce,
+    "data_parallel": data_parallel,
+    "fully_sharded": fully_sharded,
+    "ring_in_fsdp": ring_in_fsdp,
+}
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
