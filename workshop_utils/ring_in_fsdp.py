@@ -37,14 +37,15 @@ class RingReduceScatter:
         op: ReduceOp.SUM, AVG, or PREMUL_SUM with its factor; ValueError for any other. With async_op, returns a Work
         that is done already.
         """
-        if op == dist.ReduceOp.PREMUL_SUM:
+        kind = getattr(op, "op", op)  # torch passes a ReduceOp, or its kind where that says everything
+        if kind == dist.ReduceOp.PREMUL_SUM:
             input_tensor = input_tensor * op.__getstate__()[1]  # torch 2.11 has no other way to the factor
-        elif op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+        elif kind not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(
-                f"the ring can sum (SUM), average (AVG) and scale (PREMUL_SUM), but op is {_kind(op)}"
+                f"the ring can sum (SUM), average (AVG) and scale (PREMUL_SUM), but not {kind.name}"
             )
         ring_reduce_scatter(output_tensor, input_tensor, group)
-        if op == dist.ReduceOp.AVG:
+        if kind == dist.ReduceOp.AVG:
             output_tensor.div_(group.size())
         return _Done() if async_op else None
 
@@ -72,7 +73,3 @@ def use_ring_reduce_scatter(fsdp_model: nn.Module) -> None:
         )
     for module in sharded:
         module.set_custom_reduce_scatter(RingReduceScatter())
-
-
-def _kind(op) -> str:
-    return str(op.__getstate__()[0] if isinstance(op, dist.ReduceOp) else op).removeprefix("RedOpType.")
