@@ -19,7 +19,7 @@ from workshop_utils.plotting.all_reduce import (
     plot_all_reduce_steps,
     plot_collective,
 )
-from workshop_utils.plotting.costs import plot_predicted_measured, plot_seconds
+from workshop_utils.plotting.costs import plot_multihost, plot_predicted_measured, plot_seconds
 from workshop_utils.schedules import ALGORITHMS, simulate
 
 
@@ -150,3 +150,19 @@ def test_predicted_beside_measured():
     )
     assert overlapping_texts(figure) == []
     assert "1.10 of predicted" in figure.axes[0].texts[0].get_text()
+
+
+def test_throttled_hosts_beside_the_emulated_link():
+    kinds = ("step_s", "predicted_s", "emulated_s", "emulated_predicted_s")
+    rows = [
+        {"strategy": strategy, "link_mbit": rate}
+        | {kind: scale * (0.01 + 6 / max(rate, 1)) for kind in kinds}
+        for strategy, scale in (("ddp", 1), ("fsdp", 2))
+        for rate in (0, 100, 200, 500, 1000)
+    ]
+    figure = plot_multihost(rows)
+    assert [ax.get_title(loc="left") or ax.get_title() for ax in figure.axes] == ["ddp", "fsdp"]
+    assert overlapping_texts(figure) == []
+    measured = figure.axes[0].lines[1]
+    assert list(measured.get_xdata()) == [100, 200, 500, 1000]  # "no limit" has no place on the axis
+    assert measured.get_ydata()[0] == rows[1]["step_s"]
