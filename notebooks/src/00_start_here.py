@@ -282,11 +282,11 @@ progress()
 # | 00, this one | Is my machine ready, and how do these notebooks work? | 10 |
 # | [01](01_single_device_mlp.ipynb) | What exactly does one training step hold in memory, compute and depend on? | 25 |
 # | [02](02_all_reduce.ipynb) | How do processes that share nothing agree on a sum, and what does it cost? | 50 |
+# | [03](03_distributed_data_parallel.ipynb) | What must be communicated so that N replicas equal one big batch? | 45 |
+# | [04](04_fully_sharded_data_parallel.ipynb) | How do N devices hold a model that fits on none of them, and what does that cost? | 50 |
 #
 # In preparation, in this order:
 #
-# - What must be communicated so that N replicas equal one big batch?
-# - How do N devices hold a model that fits on none of them, and what does that cost?
 # - How few parameters can a new task be learned with?
 # - How many directions does a task really need, and is LoRA one way to pick them?
 # - How few bits can the frozen part live in?
