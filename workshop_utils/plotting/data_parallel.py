@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from workshop_utils.plotting import INK, MUTED, PAPER, rank_color
 
@@ -202,6 +202,8 @@ def plot_links(
     ax.xaxis.set_major_locator(FixedLocator([12.5e6 * 10**k for k in range(6)]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda rate, _: _bits(rate))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(lambda time_s, _: f"{time_s:g} s" if time_s >= 1 else f"{1e3 * time_s:g} ms")
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * 1.6)
