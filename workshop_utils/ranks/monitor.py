@@ -94,7 +94,7 @@ class Monitor(threading.Thread):
         """The main thread's innermost frame, and that of the thread it waits for: of itself, as a rule."""
         frames = _current_frames()
         frame = at_work = frames.get(self.main)
-        if frame is not None and frame.f_code.co_name == "wait_for_thread":  # data_parallel.py
+        if frame is not None and frame.f_code.co_name == "wait_for_thread":  # background.py
             at_work = frames.get(frame.f_locals["thread"].ident)
         return frame, at_work
 
@@ -191,8 +191,10 @@ def _is_machinery(file: str) -> bool:
 
 
 def _peer(frame) -> str:
+    """The rank that a send or receive waits for. Looks into no other frame: that can free its tensors, which lets
+    its thread run on while it is being read."""
+    words = {"src": "from", "dst": "to", "group_src": "from", "group_dst": "to"}
+    if not words.keys() & set(frame.f_code.co_varnames):
+        return ""
     values = frame.f_locals
-    for key, word in (("src", "from"), ("dst", "to"), ("group_src", "from"), ("group_dst", "to")):
-        if isinstance(values.get(key), int):
-            return f"{word} rank {values[key]}"
-    return ""
+    return next((f"{w} rank {values[k]}" for k, w in words.items() if isinstance(values.get(k), int)), "")
