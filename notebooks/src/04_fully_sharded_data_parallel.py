@@ -82,7 +82,10 @@ check("4.1", bytes_per_rank)
 # **Predict.** 7.5 billion parameters, devices with 80 GB. One device cannot train it: 120 GB. With how many devices
 # does it fit at stage 1, and with how many at stage 3? Nothing but the 16 bytes is counted.
 
-# %%
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.plotting.fully_sharded import plot_memory_bill
+from workshop_utils.widgets import memory_bill
+
 ### BEGIN SOLUTION
 # ~ my_guess_devices = None
 my_guess_devices = 2
@@ -94,10 +97,6 @@ for stage in (1, 2, 3):
     print(f"ZeRO-{stage}: fits from {fits[0]} devices on")
     if stage == 1:
         compare_guess("80 GB devices for 7.5 B parameters, stage 1", fits[0], "devices")
-
-# %% tags=["nbval-ignore-output"]
-from workshop_utils.plotting.fully_sharded import plot_memory_bill
-from workshop_utils.widgets import memory_bill
 
 figure = plot_memory_bill(7_500_000_000, world_size=64)
 plt.show()
@@ -147,14 +146,17 @@ check("4.2", shard_of)
 #
 # **Predict.** What will the formula be off by, and why?
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from torch.nn import functional as F
 
 from workshop_utils.collectives import ring_all_gather, ring_all_reduce_, ring_reduce_scatter
+from workshop_utils.data import load_mnist
 from workshop_utils.memory import held_bytes
 from workshop_utils.models import MLP
 
-shard_of = mine("shard_of")
+data = load_mnist()
+images, labels = data.train_images[:240].clone(), data.train_labels[:240].clone()
+x_BD, shard_of = images.double(), mine("shard_of")
 
 
 def flatten(tensors):
@@ -196,8 +198,9 @@ for stage in range(4):
 # ### Exercise 4.3 · Gather, compute, free  (★★, 5 min)
 #
 # `shard` is this rank's part of weight [O, I] and bias [O], flat, in this order, padded. `all_gather(output, input)`
-# is one half of your ring: it fills `output` with the inputs of all ranks. When your function has returned, the
-# output [B, O] is all that is left: nothing may refer to the whole layer any more. Budget: one gather.
+# is one half of your ring: it fills `output` with the inputs of all ranks. Free the whole layer as torch does: let its
+# storage have 0 bytes, `full.untyped_storage().resize_(0)`. Then it is gone whoever still has a name for it. Budget:
+# one gather, and no byte of the whole layer when your function returns.
 
 # %% [markdown] tags=["hints-4.3"]
 # 1. The whole layer has `world_size * shard.numel()` elements, padding included. Make an empty tensor of that size and
@@ -205,29 +208,30 @@ for stage in range(4):
 # 2. The weight is the first O · I elements, the bias the next O. What comes after that is padding. I is
 #    `x_BI.shape[1]`.
 # 3. `full = shard.new_empty(dist.get_world_size() * shard.numel())`, `all_gather(full, shard)`, then
-#    `full[:O * I].view(O, I)` and `full[O * I : O * I + O]` go into `F.linear(x_BI, weight_OI, bias_O)`.
+#    `full[:O * I].view(O, I)` and `full[O * I : O * I + O]` go into `y_BO = F.linear(x_BI, weight_OI, bias_O)`. Free,
+#    and return `y_BO`.
 
 
 # %% tags=["exercise-4.3", "nbval-check-output"]
 def gathered_forward(x_BI, shard, out_features, all_gather):
     """The layer's output [B, O], O = out_features. The whole layer exists only inside."""
     ### BEGIN SOLUTION
-    # ~ # TODO: gather the whole layer, take weight and bias from it, compute. Shapes: weight [O, I], bias [O]
+    # ~ # TODO: gather the whole layer, take weight [O, I] and bias [O] from it, compute, free
     # ~ raise NotImplementedError("exercise 4.3")
     full = shard.new_empty(dist.get_world_size() * shard.numel())
     all_gather(full, shard)
     num_weights = out_features * x_BI.shape[1]
     weight_OI = full[:num_weights].view(out_features, -1)
     bias_O = full[num_weights : num_weights + out_features]
-    return F.linear(x_BI, weight_OI, bias_O)
+    y_BO = F.linear(x_BI, weight_OI, bias_O)
+    full.untyped_storage().resize_(0)
+    return y_BO
     ### END SOLUTION
 
 
 check("4.3", gathered_forward)
 
 # %% [markdown]
-# Freed, here, means that no name refers to it when the function is over.
-#
 # In backward the layer is needed once more. With $y = x W^T + b$ and the gradient of the loss by $y$ given:
 #
 # $$ \frac{\partial L}{\partial x} = \frac{\partial L}{\partial y} W \qquad
@@ -243,12 +247,12 @@ check("4.3", gathered_forward)
 #
 # Return `grad_x_BI` and the gradient of the shard, averaged over the ranks: same shape and dtype as the shard.
 # `reduce_scatter(output, input)` leaves the sum over the ranks of the rank-th part of `input` in `output`. Budget:
-# 2(n-1)/n S sent, where S is the bytes of the padded layer. Keep nothing whole.
+# 2(n-1)/n S sent, where S is the bytes of the padded layer, and again nothing whole when you return.
 
 # %% [markdown] tags=["hints-4.4"]
-# 1. The first half is 4.3 again: gather, take the weight. Then one matrix product gives `grad_x_BI`. The gradient of
+# 1. The first half is 4.3 again: gather, take the weight, one matrix product for `grad_x_BI`, free. The gradient of
 #    the whole layer needs a flat tensor as large as the gathered one, zeros where the padding is.
-# 2. `grad_full = torch.zeros_like(full)`. Write into views of it: the first O · I elements get
+# 2. `grad_full = torch.zeros_like(full)`, before `full` is freed. Write into it: the first O · I elements get
 #    `(grad_y_BO.T @ x_BI).reshape(-1)`, the next O get `grad_y_BO.sum(0)`.
 # 3. `grad_shard = torch.empty_like(shard)`, `reduce_scatter(grad_shard, grad_full)`, and return
 #    `grad_y_BO @ weight_OI, grad_shard / dist.get_world_size()`.
@@ -258,14 +262,15 @@ check("4.3", gathered_forward)
 def gathered_backward(grad_y_BO, x_BI, shard, all_gather, reduce_scatter):
     """(grad_x [B, I] of this rank's images, this rank's part of the average gradient, like `shard`)."""
     ### BEGIN SOLUTION
-    # ~ # TODO: gather again; grad_x; the whole layer's gradient, flat and padded; reduce-scatter it; average
+    # ~ # TODO: gather again, grad_x, free; the whole layer's gradient, flat and padded; reduce-scatter it; average
     # ~ raise NotImplementedError("exercise 4.4")
     full = shard.new_empty(dist.get_world_size() * shard.numel())
     all_gather(full, shard)
     O, I = grad_y_BO.shape[1], x_BI.shape[1]
     grad_x_BI = grad_y_BO @ full[: O * I].view(O, I)
     grad_full = torch.zeros_like(full)
-    grad_full[: O * I].view(O, I).copy_(grad_y_BO.T @ x_BI)
+    full.untyped_storage().resize_(0)
+    grad_full[: O * I] = (grad_y_BO.T @ x_BI).reshape(-1)
     grad_full[O * I : O * I + O] = grad_y_BO.sum(0)
     grad_shard = torch.empty_like(shard)
     reduce_scatter(grad_shard, grad_full)
@@ -280,6 +285,12 @@ check("4.4", gathered_backward)
 #
 # `ShardedLinear` keeps a shard and nothing else. Autograd calls your two functions: `forward` on the way there,
 # `backward` on the way back. What it saves in between is the input and the shard.
+#
+# The proof: after every step, the parameters equal those of one process which accumulates the same parts of the
+# batch, one after another, as in notebook 01. The optimizer is Adam, on shards: it works entry by entry, so it does
+# not notice.
+#
+# **Predict.** On two ranks: equal in every bit, or nearly? And on four?
 
 # %% tags=["nbval-ignore-output"]
 gathered_forward, gathered_backward = mine("gathered_forward"), mine("gathered_backward")
@@ -309,60 +320,801 @@ class ShardedLinear(nn.Module):
         return ShardedFunction.apply(x_BI, self.shard, self)
 
 
-# %% [markdown]
-# The proof: after every step, the parameters equal those of one process which accumulates the same parts of the
-# batch, one after another, as in notebook 01. The optimizer is Adam, on shards: it works entry by entry, so it does
-# not notice.
-#
-# **Predict.** On two ranks: equal in every bit, or nearly? And on four?
-
-# %% tags=["nbval-ignore-output"]
-from workshop_utils import sub_world
-from workshop_utils.data import load_mnist
-
-data = load_mnist()
-images, labels = data.train_images[:240].double(), data.train_labels[:240].clone()
-
-
-def gathered(layer, numel):
-    full = layer.shard.new_empty(dist.get_world_size() * layer.shard.numel())
-    ring_all_gather(full, layer.shard.detach())
-    return full[:numel]
-
-
-def forward_mlp(fc1, fc2, fc3, x_BD):
-    return fc3(fc2(fc1(x_BD).relu()).relu())
-
-
 # %% tags=["nbval-check-output"]
+from workshop_utils import sub_world
+
+
 def compare_with_one_process(n, parts):
-    """How far the parameters are from those of one process, at most, after each of 4 steps. float64."""
+    """How far this rank's shards are from those of one process, at most, after each of 4 steps. float64."""
     with sub_world(n) as inside:
         if not inside:
-            return None
-        torch.manual_seed(dist.get_rank())  # the ranks begin differently
-        rank, one, off = dist.get_rank(), MLP().double(), []
-        for parameter in one.parameters():
-            dist.broadcast(parameter.detach(), src=0)
-        sharded = nn.ModuleList(ShardedLinear(layer) for layer in one.children())
+            return 0.0
+        torch.manual_seed(0)
+        rank, one, sharded, off = dist.get_rank(), MLP().double(), MLP(), []
+        for name, layer in one.named_children():
+            setattr(sharded, name, ShardedLinear(layer))
         adams = [torch.optim.Adam(model.parameters()) for model in (sharded, one)]
         for _ in range(4):
-            F.cross_entropy(forward_mlp(*sharded, images.chunk(n)[rank]), labels.chunk(n)[rank]).backward()
-            for x, y in zip(images.chunk(parts), labels.chunk(parts)):
+            F.cross_entropy(sharded(x_BD.chunk(n)[rank]), labels.chunk(n)[rank]).backward()
+            for x, y in zip(x_BD.chunk(parts), labels.chunk(parts)):
                 (F.cross_entropy(one(x), y) / parts).backward()
             for adam in adams:
                 adam.step()
                 adam.zero_grad()
-            pairs = [(layer, flatten(whole.parameters())) for layer, whole in zip(sharded, one.children())]
-            off.append(
-                max((gathered(layer, flat.numel()) - flat).abs().max().item() for layer, flat in pairs)
-            )
-        return off
+            for layer, whole in zip(sharded.children(), one.children()):
+                wanted = shard_of(flatten(whole.parameters()), rank, n)
+                off.append((layer.shard - wanted).abs().max().item())
+        return max(off)
 
 
+# %% tags=["nbval-check-output"]
 for n, parts in ((2, 2), (2, 1), (3, 3), (4, 1)):
-    off = ranks.run(compare_with_one_process, n, parts)[0]
-    assert max(off) < 1e-10 and (max(off) == 0 or parts != 2)
-    print(
-        f"{n} ranks, one process with {parts} parts: {'equal' if max(off) == 0 else 'less than 1e-10 apart'}"
+    off = max(ranks.run(compare_with_one_process, n, parts))
+    print(f"{n} ranks, one process with {parts} parts: {'equal' if off == 0 else 'less than 1e-10 apart'}")
+    assert off < 1e-10 and (off == 0 or parts != 2)
+
+# %% [markdown]
+# Two ranks and the same two halves in one process: equal in every bit, after every step. Otherwise the sums are
+# formed in another order, and float64 shows by how little that matters.
+#
+# ## Is the layer really gone?
+#
+# A storage can be asked for its bytes at any time. So let `all_gather` keep a name for each tensor that it fills, and
+# ask all of them after each event of a step.
+#
+# **Predict.** The layers have 628, 161 and 8 KB. How high will the curve go, and where will it be highest?
+
+# %% tags=["nbval-ignore-output"]
+from functools import partial
+
+from workshop_utils.plotting.fully_sharded import plot_live_bytes
+
+
+def live_bytes_along_a_step():
+    """[(event, bytes of full parameters alive)] of one step on this rank."""
+    gathered, events = [], []
+
+    def note(label):
+        events.append((label, sum(full.untyped_storage().nbytes() for full in gathered)))
+
+    def watched(name, output, input):
+        ring_all_gather(output, input)
+        gathered.append(output)
+        note(f"gather {name}")
+
+    model = MLP()
+    for name, layer in list(model.named_children()):
+        layer = ShardedLinear(layer, partial(watched, name))
+        layer.register_forward_hook(lambda *_, name=name: note(f"{name} forward done"))
+        layer.shard.register_post_accumulate_grad_hook(lambda _, name=name: note(f"{name} backward done"))
+        setattr(model, name, layer)
+    F.cross_entropy(model(images), labels).backward()
+    return events
+
+
+# %% tags=["nbval-ignore-output"]
+by_rank = ranks.run(live_bytes_along_a_step)
+labels_of_events = [label for label, _ in by_rank[0]]
+curves = {f"rank {rank}": [alive for _, alive in events] for rank, events in enumerate(by_rank)}
+two_largest = {"two largest units": 4 * (784 * 200 + 200 + 200 * 200 + 200)}
+assert max(max(curve) for curve in curves.values()) <= two_largest["two largest units"]
+assert all(curve[-1] == 0 for curve in curves.values())
+figure = plot_live_bytes(
+    "One unit at a time, and nothing after the step", curves, labels_of_events, two_largest
+)
+
+# %% [markdown]
+# One unit is alive at any time, never two, so the peak is the largest unit. Two would be alive if the next were
+# gathered while this one computes; that is why two is the limit that one states.
+#
+# ## And any other network?
+#
+# `workshop_utils.fully_sharded` has the same for any module. Units are found by type; what is in none (norm layers,
+# the class token of a vision transformer) forms a root unit. Instead of a function per layer type it has hooks, and it
+# empties the storage under the parameters, so that what autograd saved is emptied with them.
+
+# %% tags=["nbval-check-output"]
+from workshop_utils.fully_sharded import FullyShardedDataParallel
+from workshop_utils.models import SmallViT
+
+
+def module_against_one_process(make_model):
+    torch.manual_seed(dist.get_rank())  # the ranks begin differently; rank 0's weights are sent to all
+    sharded, one, off = FullyShardedDataParallel(make_model().double()), make_model().double(), []
+    one.load_state_dict(sharded.full_state_dict())
+    sgds = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (sharded, one)]
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    for x, y in zip(x_BD.split(16)[:3], labels.split(16)):
+        F.cross_entropy(sharded(x[part]), y[part]).backward()
+        sharded.finish_gradient_sync()
+        F.cross_entropy(one(x), y).backward()
+        for sgd in sgds:
+            sgd.step()
+            sgd.zero_grad()
+        off += [(w - one.state_dict()[key]).abs().max() for key, w in sharded.full_state_dict().items()]
+    return max(off)
+
+
+for make_model in (MLP, partial(SmallViT, layers=2, width=32)):
+    assert max(ranks.run(module_against_one_process, make_model)) < 1e-10
+    print("module and one process: less than 1e-10 apart after each of 3 steps")
+
+# %% [markdown]
+# It has two switches. `reshard_after_forward=False` keeps a unit from its forward to its backward: the second gather
+# is spared, the memory is not. `compute_dtype=torch.bfloat16` gathers and computes in bf16; shards, the sum of the
+# gradients and the optimizer stay in float32.
+#
+# **Predict.** Bytes sent in a step, in units of S (n-1)/n, where S is the float32 parameters: 3 by default. And with
+# each switch?
+
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.point_to_point import count_traffic, emulate_link
+
+
+def use_module(**options):
+    """Bytes that this rank sends in a step, and bytes of full parameters at each event of it."""
+    model, alive = FullyShardedDataParallel(MLP(), **options), []
+
+    def note(*_):
+        alive.append(model.full_parameter_bytes())
+
+    for layer, shard in zip(model.module.children(), model.parameters()):
+        layer.register_forward_pre_hook(note)
+        layer.register_forward_hook(lambda layer, x, y: note() or y.register_hook(note) and None)
+        shard.register_post_accumulate_grad_hook(note)
+    with count_traffic() as traffic:
+        F.cross_entropy(model(images).float(), labels).backward()
+    return traffic.bytes_sent, alive
+
+
+switches = {"default": {}, "reshard off": {"reshard_after_forward": False}}
+curves, switches["bf16"] = {}, {"compute_dtype": torch.bfloat16}
+for name in switches:
+    num_bytes, curves[name] = ranks.run(use_module, **switches[name])[0]
+    print(f"{name:12} sends {num_bytes / (4 * 199_210 * 3 / 4):.2f} S(n-1)/n")
+figure = plot_live_bytes("The same with each switch, rank 0", curves, labels_of_events, two_largest)
+
+# %% [markdown]
+# Without resharding the curve climbs to the whole model at the end of the forward. bf16 halves the units and the two
+# gathers, and the updates are still made in float32.
+#
+# ## What does torch make of it?
+#
+# `fully_shard` turns a module into a unit, in place; the last call is for the root. It takes a *mesh*: the ranks in a
+# grid, and on which device. Always pass one. Without it torch takes the machine's GPU if there is one, and gloo's
+# ranks on a CPU fail. Its parameters are *DTensors*: each says that it is a shard, of what, and on which mesh.
+
+# %%
+import warnings
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def shard_with_torch(model, units, **options):
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about in-place changes of its output
+    options.setdefault("mesh", init_device_mesh("cpu", (dist.get_world_size(),)))
+    for unit in units:
+        fully_shard(unit, **options)
+    return fully_shard(model, **options)
+
+
+def deep(width=512):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(8)))
+
+
+# %% tags=["nbval-check-output"]
+def ours_and_torchs():
+    """How far apart the weights are, at most, after each of 3 steps, and a shard. float64."""
+    ours, model, off = FullyShardedDataParallel(MLP().double()), MLP().double(), []
+    model.load_state_dict(ours.full_state_dict())
+    torchs = shard_with_torch(model, model.children())
+    adams = [torch.optim.Adam(net.parameters()) for net in (ours, torchs)]
+    part = slice(dist.get_rank(), None, dist.get_world_size())
+    for _ in range(3):
+        for net, adam in zip((ours, torchs), adams):
+            adam.zero_grad()
+            F.cross_entropy(net(x_BD[part]), labels[part]).backward()
+            if net is ours:
+                net.finish_gradient_sync()
+            adam.step()
+        whole = ours.full_state_dict()
+        off += [(p.full_tensor() - whole[name]).abs().max().item() for name, p in torchs.named_parameters()]
+    return max(off), torchs.fc1.weight.placements, list(torchs.fc1.weight.to_local().shape)
+
+
+off, placements, local = ranks.run(ours_and_torchs)[1]
+print("ours and fully_shard, after each of 3 steps, apart by less than 1e-10:", off < 1e-10)
+print(f"fc1.weight is {placements}; rank 1 holds {local} of [200, 784]")
+
+# %% [markdown]
+# The same weights, step by step. Where ours keeps one flat shard for a unit, torch cuts each parameter along its first
+# dimension.
+#
+# ## What is a good unit?
+#
+# **Predict.** A small vision transformer, three ways: one unit, a unit per block, a unit per layer. Which holds most
+# at once, and which calls most collectives?
+
+# %% tags=["nbval-check-output"]
+from workshop_utils.probes import count_collectives, sent_bytes, take_turns
+
+
+def units_of(vit, what):
+    kinds = (nn.Linear, nn.MultiheadAttention, nn.Conv2d)
+    layers = [module for module in vit.modules() if type(module) in kinds]
+    return {"one unit": [], "per block": vit.vit.encoder.layers, "per layer": layers}[what]
+
+
+def wrap_vit(what):
+    vit = SmallViT()
+    shard_with_torch(vit, units_of(vit, what))
+    return count_collectives(vit, lambda: F.cross_entropy(vit(images[:8]), labels[:8]).backward())
+
+
+print(f"{sum(p.nbytes for p in SmallViT().parameters()) / 1e3:.0f} KB in all")
+for what in ("one unit", "per block", "per layer"):
+    seen = ranks.run(wrap_vit, what)[0]
+    print(f"{what:10} peak {seen.peak_bytes / 1e3:4.0f} KB whole", end=", ")
+    print(f"{seen.all_gathers:2} all-gathers, {seen.reduce_scatters:2} reduce-scatters")
+
+# %% [markdown]
+# One unit is whole for the entire step: what is divided is gradients and optimizer state alone. A unit per layer holds
+# least, and calls three times as many collectives as a unit per block. Each costs at least α, and small ones cost
+# little else. A block is the usual choice. (The root, here what no block owns, stays whole from its forward to its
+# backward, which comes first.)
+#
+# ## What else can be turned?
+#
+# `MixedPrecisionPolicy` is our `compute_dtype`. `CPUOffloadPolicy` keeps shards, gradients and optimizer state in the
+# host's memory, and copies a unit to the device to compute. On a CPU there is nothing to copy, and `pin_memory=False`
+# is needed.
+#
+# **Predict.** In bf16, which dtype has the output, which the shard, which the gradient?
+
+# %% tags=["nbval-check-output"]
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+
+def train_with(**policies):
+    torch.manual_seed(0)
+    model = MLP()
+    shard_with_torch(model, model.children(), **policies)
+    adam, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
+    for _ in range(12):
+        adam.zero_grad()
+        output = model(images)
+        losses.append(F.cross_entropy(output.float(), labels))
+        losses[-1].backward()
+        adam.step()
+    weight = model.fc1.weight
+    return output.dtype, weight.dtype, weight.grad.dtype, losses[-1].item() < losses[0].item() / 2
+
+
+for name, policies in {
+    "float32": {},
+    "bf16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}.items():
+    output, weight, gradient, learns = ranks.run(train_with, **policies)[0]
+    print(f"{name:8} output {output}, shard {weight}, its gradient {gradient}; loss halved: {learns}")
+
+# %% [markdown]
+# Sharding does not touch the activations. *Activation checkpointing* does: keep only the input of each block, and
+# compute the block's forward again when its backward comes.
+#
+# **Predict.** How many times as long does a step take: 1.1, 1.3, 2?
+
+# %% tags=["nbval-ignore-output"]
+from torch.utils.checkpoint import checkpoint
+
+from workshop_utils.memory import record_activations
+
+
+def small_vit(checkpointing):
+    torch.manual_seed(0)
+    model = SmallViT()
+    for block in model.vit.encoder.layers if checkpointing else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+def vit_loss(vit, batch=32):
+    return F.cross_entropy(vit(images[:batch]), labels[:batch])
+
+
+torch.set_num_threads(1)  # as on a rank
+vits, kept = {"plain": small_vit(False), "checkpointed": small_vit(True)}, {}
+for name, vit in vits.items():
+    with record_activations(vit) as saved:
+        vit_loss(vit)
+    kept[name] = saved.total_bytes
+vit_s = take_turns({name: lambda vit=vit: vit_loss(vit).backward() for name, vit in vits.items()}, 4)
+for name in vits:
+    print(f"{name:12} {kept[name] / 1e6:4.1f} MB, {vit_s[name] / vit_s['plain']:.2f} times the step time")
+
+# %% [markdown]
+# A fraction of the memory, for one more forward: a third of a step at most, as a backward costs two forwards. [Stas
+# Bekman](https://github.com/stas00/ml-engineering) reports 20 to 25% of the throughput. With sharding: first
+# checkpoint, then `fully_shard`. The unit is gathered once for both, the second forward and the backward.
+#
+# One more trap. Clipping needs the norm of the whole gradient, and each rank has a part of it.
+
+
+# %% tags=["nbval-check-output"]
+def norms(checkpointing):
+    vit = small_vit(checkpointing)
+    shard_with_torch(vit, units_of(vit, "per block"))
+    vit_loss(vit, 8).backward()
+    own = torch.cat([p.grad.to_local().reshape(-1) for p in vit.parameters()]).norm().item()
+    return own, nn.utils.clip_grad_norm_(vit.parameters(), 0.1).full_tensor().item()
+
+
+vit = small_vit(False)
+vit_loss(vit, 8).backward()
+expected = nn.utils.clip_grad_norm_(vit.parameters(), 0.1).item()
+(own, plain), (_, checkpointed) = zip(*ranks.run(norms, False)), zip(*ranks.run(norms, True))
+print(f"of each rank's shards {[round(norm, 2) for norm in own]}, of one process {expected:.2f}")
+print(f"clip_grad_norm_ of DTensors: {plain[0]:.2f}, with checkpointing {checkpointed[0]:.2f}")
+assert max(abs(norm - expected) for norm in plain + checkpointed) < 1e-3
+
+# %% [markdown]
+# torch's function understands DTensors and adds the squares up over the ranks. Whoever shards by hand sends one number
+# round with an all-reduce. Without it each rank clips by another factor, and nobody is told.
+#
+# ### Extra · A grid of ranks, prefetch, meta device, checkpoints  (6 min)
+#
+# Three cells, off in the quick profile. *HSDP*, hybrid sharding, shards inside a group and replicates between groups: a
+# mesh with two dimensions. Gathers stay inside the group, and only the gradients of a shard cross. *Prefetch* starts
+# the next unit's gather while this one computes: more overlap, one more unit in memory. Look whether the gradients
+# agree, and how large the shards are.
+#
+# On the *meta* device tensors have shapes and no memory. Build a model there that a rank has no room for, shard it, and
+# give memory to the shards only. And `torch.distributed.checkpoint` writes a file per rank and a table of who has what,
+# so that another number of ranks can read it.
+
+
+# %% tags=["extra", "nbval-ignore-output"]
+def grid_and_prefetch(hybrid, prefetch):
+    names = ("replicate", "shard")[not hybrid :]
+    mesh = init_device_mesh("cpu", (2, 2) if hybrid else (4,), mesh_dim_names=names)
+    model, x = deep(), torch.rand(64, 512, generator=torch.Generator().manual_seed(0))
+    shard_with_torch(model, model, mesh=mesh)
+    for layer, following in zip(model, list(model)[1:]) if prefetch else ():
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
+    step_s = take_turns({"": lambda: model(x).square().mean().backward()}, 10)[""]
+    weight = model[0].weight
+    return list(weight.to_local().shape), step_s, weight.grad.full_tensor().norm().item()
+
+
+if PROFILE == "full":
+    for hybrid, prefetch in ((False, False), (False, True), (True, False)):
+        shape, step_s, norm = ranks.run(grid_and_prefetch, hybrid, prefetch)[0]
+        print(
+            f"2 x 2: {hybrid!s:5} prefetch: {prefetch!s:5} shard {shape}, {step_s * 1e3:.0f} ms, gradient {norm:.6f}"
+        )
+
+
+# %% tags=["extra", "nbval-ignore-output"]
+def from_meta(budget_bytes):
+    with torch.device("meta"):
+        model = MLP(hidden=4000)
+    shard_with_torch(model, model.children())
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for layer in model.children():
+        layer.reset_parameters()  # each rank fills its own shards
+    held = held_bytes(p.to_local() for p in model.parameters())
+    assert held <= budget_bytes and sum(p.nbytes for p in model.parameters()) > budget_bytes
+    return held, F.cross_entropy(model(images), labels).item()
+
+
+if PROFILE == "full":
+    for held, loss in ranks.run(from_meta, 40_000_000):
+        print(f"{held / 1e6:.1f} MB of 76.7 MB on this rank, loss {loss:.2f}")
+
+# %% tags=["extra", "nbval-ignore-output"]
+import tempfile
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+
+def save_or_load(folder, n):
+    """Save on 4 ranks, load on fewer. Returns all parameters, flat."""
+    with sub_world(n) as inside:
+        if not inside:
+            return None
+        torch.manual_seed(n)  # other weights in each world, until they are loaded
+        model = MLP()
+        state = {"model": get_model_state_dict(shard_with_torch(model, model.children()))}
+        (dcp.save if n == 4 else dcp.load)(state, checkpoint_id=folder)
+        set_model_state_dict(model, state["model"])
+        return flatten(p.full_tensor() for p in model.parameters())
+
+
+with tempfile.TemporaryDirectory() as folder:
+    for n in (4, 2, 1) if PROFILE == "full" else ():
+        weights = ranks.run(save_or_load, folder, n)[0]
+        saved = weights if n == 4 else saved
+        print(f"saved on 4 ranks, there on {n}: equal {torch.equal(saved, weights)}")
+
+# %% [markdown]
+# ## What does it send?
+#
+# Per unit and step: two gathers and a reduce-scatter, each (n-1)/n of the padded unit.
+#
+# ### Exercise 4.5 · Bytes in a step  (★★, 4 min)
+#
+# Bytes that one rank sends in one step in float32, exactly. The check counts them on the ranks.
+
+# %% [markdown] tags=["hints-4.5"]
+# 1. In a ring each of the three sends n-1 messages of one shard. How many bytes has the shard of one unit?
+# 2. A shard has `-(-numel // world_size)` elements of 4 bytes. Pad each unit by itself, then add up.
+# 3. `collectives = 3 if reshard_after_forward else 2`, and for each unit
+#    `collectives * (world_size - 1) * 4 * -(-numel // world_size)`.
+
+
+# %% tags=["exercise-4.5", "nbval-check-output"]
+def bytes_sent_per_step(unit_numels, world_size, reshard_after_forward=True):
+    """Bytes sent by each rank in one step. unit_numels: the number of parameters of each unit."""
+    ### BEGIN SOLUTION
+    # ~ # TODO: how many collectives per unit, how many messages in each, how many bytes in a message?
+    # ~ raise NotImplementedError("exercise 4.5")
+    collectives = 3 if reshard_after_forward else 2
+    shard_bytes = sum(4 * -(-numel // world_size) for numel in unit_numels)
+    return collectives * (world_size - 1) * shard_bytes
+    ### END SOLUTION
+
+
+check("4.5", bytes_sent_per_step)
+
+# %% [markdown]
+# So 3 S (n-1)/n, where data parallel sends 2. Now count torch's, on the wire.
+#
+# **Predict.** `fully_shard` on gloo: 3.0? Remember what notebook 02 found about gloo's reduce-scatter.
+
+
+# %% tags=["nbval-ignore-output"]
+def sharded_deep(plug_in=lambda model: None, width=512, **options):
+    model = deep(width)
+    shard_with_torch(model, model, **options)
+    plug_in(model)
+    return model
+
+
+def sent_in_a_step(make_model):
+    """What this rank sends, in units of S (n-1)/n."""
+    model, x, n = make_model(), torch.rand(16, 512), dist.get_world_size()
+    S = sum(p.nbytes for p in deep().parameters())
+    return sent_bytes(lambda: model(x).square().mean().backward()) / (S * (n - 1) / n)
+
+
+contestants = {
+    "DistributedDataParallel": lambda: nn.parallel.DistributedDataParallel(deep()),
+    "ours": lambda: FullyShardedDataParallel(deep()),
+    "fully_shard": sharded_deep,
+    "fully_shard, reshard off": partial(sharded_deep, reshard_after_forward=False),
+}
+sent = {name: sum(ranks.run(sent_in_a_step, make)) / len(ranks) for name, make in contestants.items()}
+print("\n".join(f"{name:26} {units:.2f} S (n-1)/n" for name, units in sent.items()))
+
+# %% [markdown]
+# 4 instead of 3: gloo makes an all-reduce of it, and throws away what this rank does not need. On a CPU sharding sends
+# twice what data parallel sends, where 1.5 times would do. You have something better.
+#
+# ## Your ring in torch
+#
+# `fully_shard` lets its reduce-scatter be replaced. It wants an object with two methods, and yours is the first half
+# of your ring, exercise 2.3.
+
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.fully_sharded import use_ring_reduce_scatter
+
+my_reduce_scatter_ = mine("ring_reduce_scatter_")
+
+
+class MyReduceScatter:
+    def allocate(self, size, *, dtype, device):
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        chunks = list(input_tensor.view(-1).chunk(dist.get_world_size()))
+        my_reduce_scatter_(chunks)
+        factor = 1 / len(chunks) if op == dist.ReduceOp.AVG else 1
+        output_tensor.copy_(chunks[dist.get_rank()].view_as(output_tensor) * factor)
+
+
+def use_mine(model):
+    for module in model.modules():
+        if hasattr(module, "set_custom_reduce_scatter"):
+            module.set_custom_reduce_scatter(MyReduceScatter())
+
+
+rings = {"gloo": lambda model: None, "your ring": use_mine, "module's ring": use_ring_reduce_scatter}
+for name, ring in rings.items():
+    sent[name] = sum(ranks.run(sent_in_a_step, partial(sharded_deep, ring))) / len(ranks)
+    print(f"{name:14} {sent[name]:.2f} S (n-1)/n")
+
+# %% [markdown]
+# 3.0: what the formula says. Are the weights the same? And is it faster?
+#
+# **Predict.** Eight layers of 1024 by 1024, four ranks on this machine, the three take turns. What is the step time
+# with your ring, in units of gloo's?
+
+# %% tags=["nbval-ignore-output"]
+### BEGIN SOLUTION
+# ~ my_guess_ratio = None
+my_guess_ratio = 0.75
+### END SOLUTION
+guess("step time with your ring / gloo's", my_guess_ratio)
+
+
+def race(rounds):
+    models = {name: sharded_deep(plug_in, 1024) for name, plug_in in rings.items()}
+    sgds = {name: torch.optim.SGD(model.parameters(), lr=0.1) for name, model in models.items()}
+    x = torch.rand(16, 1024)
+
+    def step(name):
+        models[name](x).square().mean().backward()
+        sgds[name].step()
+        sgds[name].zero_grad()
+
+    times_s = take_turns({name: partial(step, name) for name in rings}, rounds)
+    gloos, *others = (flatten(p.to_local() for p in model.parameters()) for model in models.values())
+    return times_s, max((gloos - weights).abs().max().item() for weights in others)
+
+
+by_rank = ranks.run(race, 5 if PROFILE == "quick" else 31)
+step_s = {name: max(times[name] for times, _ in by_rank) for name in rings}
+assert max(off for _, off in by_rank) < 1e-6
+for name, time_s in step_s.items():
+    print(f"{name:14} {time_s * 1e3:4.0f} ms a step, {time_s / step_s['gloo']:.2f} of gloo's")
+compare_guess("step time with your ring / gloo's", step_s["your ring"] / step_s["gloo"])
+
+# %% [markdown]
+# The same weights, from code that you wrote. What the ratio is depends on the machine, and on who else is at work
+# while you measure; `make bench` takes more turns, and `benchmarks/RESULTS.md` has the table of an idle one. There are
+# fewer bytes to copy, and copying is most of what a step does here. Yours is in Python, and starts no receive before
+# its message comes; the module's does.
+#
+# ## What does sharding cost on a network?
+#
+# On one machine all ranks share one memory. So give each a link again, as in notebook 02, and compare with the
+# formula: three collectives for each unit, (n-1) α + (n-1)/n S β each.
+#
+# **Predict.** The MLP with 512 images on each rank. Links of 2 Gb/s, 500 Mb/s and 200 Mb/s: what share of a step is
+# communication on two ranks, and on four?
+
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.network import LINKS, Link, all_gather_s, reduce_scatter_s
+from workshop_utils.plotting.fully_sharded import plot_communication_share
+
+
+def seconds_of_a_step(n, link):
+    """Median seconds of a step on this link, and of the same arithmetic on a plain MLP, on this rank."""
+    with sub_world(n) as inside:
+        if not inside:
+            return None
+        models, x, y = {"sharded": MLP(), "plain": MLP()}, torch.rand(512, 784), torch.arange(512) % 10
+        for name, layer in models["plain"].named_children():
+            setattr(models["sharded"], name, ShardedLinear(layer))
+        steps = {
+            name: (lambda model=model: F.cross_entropy(model(x), y).backward())
+            for name, model in models.items()
+        }
+        with emulate_link(link):
+            return tuple(take_turns(steps, 3).values())
+
+
+def communication_s(n, link):
+    units = [4 * numel for numel in (784 * 200 + 200, 200 * 200 + 200, 200 * 10 + 10)]
+    return sum(2 * all_gather_s(S, n, link) + reduce_scatter_s(S, n, link) for S in units)
+
+
+# %% tags=["nbval-ignore-output"]
+links = {f"{mbit:,} Mb/s": Link(100e-6, mbit * 1e6 / 8) for mbit in (200, 500, 2000)}
+measured_s, worlds = {}, [2, 4, 8, 16, 32, 64]
+for name, link in links.items():
+    for n in (2, 4):
+        here_s, arithmetic_s = map(max, zip(*ranks.run(seconds_of_a_step, n, link)[:n]))
+        measured_s[name, n] = here_s - arithmetic_s
+        print(f"{name}, {n} ranks: communication {measured_s[name, n] * 1e3:.0f} ms", end=", ")
+        print(f"predicted {communication_s(n, link) * 1e3:.0f} ms, arithmetic {arithmetic_s * 1e3:.0f} ms")
+
+
+def share(seconds):
+    return seconds / (seconds + arithmetic_s)  # that of four ranks here
+
+
+lines = {name: (worlds, [share(communication_s(k, link)) for k in worlds]) for name, link in links.items()}
+points = {name: ([2, 4], [share(measured_s[name, n]) for n in (2, 4)]) for name in links}
+title = "What communication takes of a step of the MLP"
+figure = plot_communication_share(title, lines, points, xlabel="ranks", log=True)
+
+# %% [markdown]
+# The bytes stop growing: (n-1)/n is nearly 1 from eight ranks on. The latency does not, 9 (n-1) α with three units, and
+# with units this small it takes over on the fast link. Where more ranks run than there are cores, some of what is
+# measured here as communication is waiting for a core.
+#
+# ## When does it pay?
+#
+# Let Ψ parameters be computed with in bf16. In a step each rank sends 3 times 2 Ψ bytes, for large n, and computes
+# 6 Ψ T operations for its T tokens. So, whatever the size of the model:
+#
+# $$ \frac{\text{communication}}{\text{computation}} = \frac{6 \Psi / B}{6 \Psi T / F} = \frac{F}{B\,T} $$
+#
+# - *F*: operations per second of one device
+# - *B*: bytes per second of its link
+# - *T*: tokens per device and step
+#
+# The [FSDP paper](https://arxiv.org/abs/2304.11277) reached 173 to 186 · 10¹² operations per second on an A100.
+#
+# **Predict.** How many tokens per device keep an A100 busy for as long as it sends, over 10 Gb/s Ethernet? Over NVLink?
+
+# %% tags=["nbval-ignore-output"]
+import json
+from importlib import resources
+
+from workshop_utils.plotting import costs
+
+flops_per_s, tokens = 175e12, [10 * 2**k for k in range(17)]
+lines = {}
+for name in ("10 Gb/s Ethernet", "PCIe 4 x16", "400 Gb/s EFA", "NVLink 3"):
+    bandwidth = LINKS[name].bandwidth_bytes_per_s
+    print(f"{name:17} {flops_per_s / bandwidth:>9,.0f} tokens per device: as long to send as to compute")
+    lines[name] = tokens, [1 / (1 + bandwidth * T / flops_per_s) for T in tokens]
+title = "Predicted: A100, any model size, nothing overlapped"
+figure = plot_communication_share(title, lines, xlabel="tokens per device and step", log=True)
+record = resources.files("workshop_utils").joinpath("recorded_multihost.json")
+if record.is_file():
+    figure = costs.plot_multihost(json.loads(record.read_text())["rows"])
+
+# %% [markdown]
+# With a few thousand tokens per device NVLink hardly shows, PCIe takes half of a step if nothing overlaps, and Ethernet
+# nearly all. Overlap hides communication behind computation until it is the longer of the two. The last figure, if it
+# is there, was recorded with `cluster/multihost_lab.sh`: the training script between hosts with throttled links.
+#
+# ## What helps where links are slow?
+#
+# Each of these trades memory for bytes. Counted on four ranks, with the ring in torch, eight layers of 256 by 256. S
+# is the parameters' bytes; four parts of a batch are accumulated in the last two lines.
+#
+# **Predict.** Which of them sends least?
+
+
+# %% tags=["nbval-ignore-output"]
+def mitigated(size=1, hybrid=False, parts=1, keep_whole=False):
+    """(S sent, gathers, peak of whole parameters in S) of one step on this rank; a unit has `size` layers."""
+    names = ("replicate", "shard")[not hybrid :]
+    mesh = init_device_mesh("cpu", (2, 2) if hybrid else (4,), mesh_dim_names=names)
+    model, x = deep(256), torch.rand(16, 256)
+    S, units = (
+        sum(p.nbytes for p in model.parameters()),
+        [list(model)[i : i + size] for i in range(0, 8, size)],
     )
+    shard_with_torch(model, units, mesh=mesh, reshard_after_forward=not keep_whole)
+    use_ring_reduce_scatter(model)
+
+    def step():
+        for last in [False] * (parts - 1) + [True]:
+            if keep_whole:
+                model.set_requires_gradient_sync(last)
+                model.set_reshard_after_backward(last)
+            model(x).square().mean().backward()
+
+    S_sent, seen = sent_bytes(step) / S, count_collectives(model, step)
+    return S_sent, seen.all_gathers, seen.peak_bytes / S
+
+
+# %% tags=["nbval-ignore-output"]
+configurations = {
+    "a unit per layer": {},
+    "a unit per 4 layers": {"size": 4},
+    "reshard off": {"keep_whole": True},
+    "HSDP, 2 x 2": {"hybrid": True},
+    "4 parts": {"parts": 4},
+    "4 parts, kept whole": {"parts": 4, "keep_whole": True},
+}
+for name, options in configurations.items():
+    S_sent, gathers, peak = ranks.run(mitigated, **options)[0]
+    print(f"{name:20} sends {S_sent:.2f} S, {gathers:2} gathers, peak {peak:.2f} S whole")
+
+# %% [markdown]
+# - **Larger units** send the same in fewer messages: for links with a high latency.
+# - **Reshard off** spares a third of the bytes and holds the whole model: fine where gradients and optimizer state
+#   are what does not fit. It is ZeRO-2.
+# - **HSDP** sends hardly less, but only its all-reduce, a quarter of these bytes, leaves the group of two. Put
+#   the groups where the fast links are.
+# - **Accumulating** four parts costs four times the bytes, unless parameters and gradients stay whole in between:
+#   then a step sends as much as one without resharding, for four times the images.
+#
+# ## Read this error
+#
+# Two failures, for real. In the first, rank 2 skips the last layer, as a network does that draws which layers to drop
+# with each rank's own seed.
+
+# %% tags=["nbval-ignore-output"]
+# %%ranks --expect-error --deadline 3
+from torch import nn
+from workshop_utils.fully_sharded import FullyShardedDataParallel
+
+
+class DropsLayers(nn.Sequential):
+    def forward(self, h):
+        for i, layer in enumerate(self):
+            if (rank, i) != (2, 3):
+                h = layer(h).relu()
+        return h
+
+
+model = FullyShardedDataParallel(DropsLayers(*(nn.Linear(64, 64) for _ in range(4))))
+model(torch.rand(8, 64)).sum().backward()
+
+# %% [markdown]
+# **What it says.** Nobody raised; all wait. Look for the rank that is somewhere else than the others: three are in the
+# forward and gather a layer, and rank 2 is in backward already.
+#
+# **What happened.** A gather needs all ranks, and rank 2 never comes to this one. Ours gives each unit a number, so
+# that units cannot be mixed up. gloo under torch goes by the order alone. There another unit of the same size is taken
+# for this one without a word, and one of another size ends a process: `op.preamble.length <= op.nbytes … collective
+# mismatch`.
+#
+# **The cure.** All ranks use the same units in the same order. Draw such decisions from a seed that all ranks share.
+#
+# In the second, the gather in backward is left out.
+
+# %% tags=["nbval-ignore-output"]
+# %%ranks --expect-error --deadline 60
+import warnings
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+mesh = init_device_mesh("cpu", (world_size,))
+model = nn.Sequential(*(fully_shard(nn.Linear(64, 64), mesh=mesh) for _ in range(3)))
+fully_shard(model, mesh=mesh)
+model[1].set_unshard_in_backward(False)
+model(torch.rand(8, 64)).sum().backward()
+
+# %% [markdown]
+# **What it says.** The same error on all ranks, so any traceback will do. The last line: a tensor of sizes [64, 64]
+# wants its storage, and the storage has size 0. That is a freed parameter which somebody still uses.
+#
+# **What happened.** Autograd saved the weight, FSDP emptied its storage after the forward, and nobody filled it again.
+#
+# **The cure.** Here, the line with `set_unshard_in_backward`. Mostly it is a weight that is used where its unit's
+# forward is not called: `model.layer.forward(x)` in place of `model.layer(x)`, or a weight shared by two units.
+#
+# ## Recap
+#
+# - Training costs 16 bytes per parameter. ZeRO-1, 2 and 3 divide optimizer state, gradients, parameters by N.
+# - A unit is whole only while it computes: gather, compute, free; gather again, reduce-scatter, step on shards.
+# - Equal to one process, to the last bit on two ranks. Sharding changes where numbers are, not what they are.
+# - It sends 3 S (n-1)/n where data parallel sends 2, and gloo made 4 of it until your ring took over.
+# - It pays where tokens per device exceed F / B. Below that: keep more whole, or shard within the fast links only.
+#
+# **What breaks next.** All of this divides the bill among devices. It does not make it smaller. If the task is new and
+# the network is not, must every parameter be trained? How few are enough? That is notebook 05.
+#
+# **References.** Rajbhandari et al., *ZeRO: Memory optimizations toward training trillion parameter models*, 2020,
+# [arXiv:1910.02054](https://arxiv.org/abs/1910.02054) · Zhao et al., *PyTorch FSDP: Experiences on scaling fully
+# sharded data parallel*, 2023, [arXiv:2304.11277](https://arxiv.org/abs/2304.11277) ·
+# [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html) ·
+# [distributed checkpoint](https://docs.pytorch.org/docs/stable/distributed.checkpoint.html)
+
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Do exercise 4.3 together and let the room do 4.4: it is 4.3 again, and a reduce-scatter. Ask
+# for the guess "step time with your ring / gloo's" by a show of hands before the cell runs, and let somebody read out
+# the number of their own machine. If time is short, skip "What else can be turned?"; nothing later needs it.
+
+# %% tags=["key-figures", "nbval-ignore-output"]
+ranks.stop()
+print(f"sent, in S (n-1)/n: DDP {sent['DistributedDataParallel']:.2f}, ours {sent['ours']:.2f}", end=", ")
+print(f"fully_shard {sent['gloo']:.2f}, with your ring {sent['your ring']:.2f}")
+for name in ("your ring", "module's ring"):
+    print(f"step time of fully_shard with {name}: {step_s[name] / step_s['gloo']:.2f} of that with gloo's")
+print(f"activation checkpointing: {kept['plain'] / kept['checkpointed']:.1f} times less memory", end=", ")
+print(f"{vit_s['checkpointed'] / vit_s['plain']:.2f} times the step time")

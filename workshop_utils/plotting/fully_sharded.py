@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from workshop_utils.memory import zero_bytes
 from workshop_utils.plotting import INK, MUTED, rank_color
@@ -70,9 +71,7 @@ def plot_live_bytes(
     places = np.arange(len(labels))
     for ax, (name, bytes_alive) in zip(axes[:, 0], curves.items(), strict=True):
         color = rank_color(int(name.split()[1])) if name.startswith("rank ") else INK
-        ax.fill_between(
-            places, np.asarray(bytes_alive) / 1e3, step="mid", color=color, alpha=0.85, linewidth=0
-        )
+        ax.bar(places, np.asarray(bytes_alive) / 1e3, width=1.0, color=color, linewidth=0)
         for limit in limits.values():
             ax.axhline(limit / 1e3, color=MUTED, linewidth=1, linestyle="--")
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
@@ -109,11 +108,13 @@ def plot_communication_share(
             x, shares = points[label]
             ax.plot(x, 100 * np.asarray(shares), "o", color=color, markeredgecolor="white", markersize=7)
     ax.set(ylim=(0, 104), xlabel=xlabel, ylabel="% of a step", title=title)
+    ticks = sorted({value for x, _ in lines.values() for value in x})
     if log:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    else:
-        ax.set_xticks(sorted({value for x, _ in lines.values() for value in x}))
+    if not log or len(ticks) <= 8:
+        ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.grid(True)
     handles, names = ax.get_legend_handles_labels()
     if points:
