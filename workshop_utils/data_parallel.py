@@ -11,8 +11,6 @@ After Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
     n   world_size       S   bytes of all gradients of one replica
 """
 
-import queue
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -22,8 +20,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from workshop_utils.agreement import check_same, describe_module
+from workshop_utils.background import Background
 from workshop_utils.collectives import broadcast_, ring_all_reduce_
 from workshop_utils.gradient_buckets import (
     FIRST_BUCKET_BYTES,
@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 PACK_BYTES = 4 * 2**20  # tensors are broadcast together up to this size
+_hooks = WeakTensorKeyDictionary()  # of each wrapped parameter, the one hook in use
 
 
 def broadcast_parameters(module: nn.Module, src: int = 0) -> None:
@@ -93,6 +94,11 @@ class DataParallel(nn.Module):
         super().__init__()
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes must be 1 or more, got {bucket_bytes}")
+        if elsewhere := [name for name, p in module.named_parameters() if p.device.type != "cpu"]:
+            raise ValueError(
+                f"parameter {elsewhere[0]!r} is not in CPU memory, from which gloo sends: on GPUs use "
+                "torch.nn.parallel.DistributedDataParallel with the backend nccl"
+            )
         self.module, self.overlap = module, overlap
         check_same([*describe_module(module), f"bucket_bytes={bucket_bytes}"])
         _broadcast_all([*module.parameters(), *module.buffers()], 0)
@@ -100,7 +106,7 @@ class DataParallel(nn.Module):
         self._frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         # Backward meets the last layer first, so its gradients fill the first bucket.
         self._buckets = make_buckets(reversed(trainable(module)), bucket_bytes, FIRST_BUCKET_BYTES)
-        self._background = _Background() if overlap and self._world_size > 1 else None
+        self._background = Background() if overlap and self._world_size > 1 else None
         self._sync, self._step = True, _Step()
         self._listen()
 
@@ -113,11 +119,11 @@ class DataParallel(nn.Module):
         me, handles = weakref.WeakMethod(self._on_gradient), []
         for bucket in self._buckets:
             for slot, parameter in enumerate(bucket.parameters):
-                if earlier := getattr(parameter, "_data_parallel_hook", None):
-                    earlier.remove()
+                if parameter in _hooks:
+                    _hooks[parameter].remove()
                 hook = partial(_call_if_alive, me, bucket, slot)
-                parameter._data_parallel_hook = parameter.register_post_accumulate_grad_hook(hook)
-                handles.append(parameter._data_parallel_hook)
+                _hooks[parameter] = parameter.register_post_accumulate_grad_hook(hook)
+                handles.append(_hooks[parameter])
         weakref.finalize(self, _let_go, handles, self._background)
 
     def forward(self, *args, **kwargs):
@@ -144,6 +150,7 @@ class DataParallel(nn.Module):
         if not self._sync:
             return
         step, began_s = self._step, time.monotonic()
+        step.check_not_broken()
         if step.finished:
             step = self._step = _Step()
         step.broken = True  # until all went well
@@ -217,10 +224,7 @@ class DataParallel(nn.Module):
             self._background.start(partial(_all_reduce, bucket, self._group))
 
     def _check_before_forward(self) -> None:
-        if self._step.broken:
-            raise RuntimeError(
-                "an earlier step failed while gradients were under way: wrap the module again, DataParallel(net)"
-            )
+        self._step.check_not_broken()
         if self._sync and self._step.pending and not self._step.finished:
             raise RuntimeError(
                 "finish_gradient_sync() was not called after the last backward: without it, the optimizer steps on "
@@ -245,6 +249,12 @@ class _Step:
         self.launched = self.in_background = 0  # buckets
         self.pending = self.finished = self.broken = False
 
+    def check_not_broken(self) -> None:
+        if self.broken:
+            raise RuntimeError(
+                "an earlier step failed while gradients were under way: wrap the module again, DataParallel(net)"
+            )
+
     def on_backward_begins(self, _gradient: Tensor) -> None:
         if len(self.backwards) < len(self.forwards):
             self.backwards.append([time.monotonic()] * 2)
@@ -252,45 +262,6 @@ class _Step:
     def on_gradient(self) -> None:
         if self.backwards:
             self.backwards[-1][1] = time.monotonic()
-
-
-class _Background:
-    """One thread that does what it is given, in order; `wait()` gives the outcome of the next thing."""
-
-    def __init__(self):
-        self._work, self._outcomes = queue.SimpleQueue(), queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=_serve, args=(self._work, self._outcomes), name="data-parallel", daemon=True
-        )
-        self._thread.start()
-
-    def start(self, job) -> None:
-        self._work.put(job)
-
-    def wait(self) -> None:
-        error = wait_for_thread(self._thread, self._outcomes)
-        if error is not None:
-            raise error
-
-    def end(self) -> None:
-        self._work.put(None)
-
-
-def _serve(work: queue.SimpleQueue, outcomes: queue.SimpleQueue) -> None:
-    """After a failure the rest is not tried: its peers may be gone."""
-    error = None
-    while (job := work.get()) is not None:
-        try:
-            if error is None:
-                job()
-        except BaseException as failure:  # noqa: BLE001  it is raised where somebody waits for it
-            error = failure
-        outcomes.put(error)
-
-
-def wait_for_thread(thread: threading.Thread, outcomes: queue.SimpleQueue) -> BaseException | None:
-    """The ranks' monitor knows this name: a rank that stands here is where `thread` is."""
-    return outcomes.get()
 
 
 def _all_reduce(bucket: Bucket, group: dist.ProcessGroup) -> None:
@@ -304,7 +275,7 @@ def _call_if_alive(method: weakref.WeakMethod, *args) -> None:
         alive(*args)
 
 
-def _let_go(handles: list, background: _Background | None) -> None:
+def _let_go(handles: list, background: Background | None) -> None:
     for handle in handles:
         handle.remove()
     if background is not None:
