@@ -122,23 +122,13 @@ def broadcast_parameters(module):
 
 check("3.1", broadcast_parameters)
 
-# %% tags=["nbval-ignore-output"]
-broadcast_parameters = mine("broadcast_parameters")
-
-
-def step_1(model):
-    broadcast_parameters(model)
-    return lambda: None
-
-
-_ = compare(step_1)
-
 # %% [markdown]
-# Better at the start, and not enough: each rank follows the gradient of its own images, so the replicas drift apart.
-#
 # ## Step 2: take the same update
 #
-# One line more than step 1: after the backward, average the gradients.
+# Equal at the start, and then? Each rank follows the gradient of its own images. Step 2 is one line more than step 1: it
+# averages the gradients after the backward.
+#
+# **Predict.** With step 1 alone, how far apart will the replicas be after three updates: as far as above, or less?
 #
 # ### Exercise 3.2 · Average the gradients  (★★, 4 min)
 #
@@ -173,7 +163,12 @@ def average_gradients(module):
 check("3.2", average_gradients)
 
 # %% tags=["nbval-ignore-output"]
-average_gradients = mine("average_gradients")
+broadcast_parameters, average_gradients = mine("broadcast_parameters"), mine("average_gradients")
+
+
+def step_1(model):
+    broadcast_parameters(model)
+    return lambda: None
 
 
 def step_2(model):
@@ -181,12 +176,13 @@ def step_2(model):
     return lambda: average_gradients(model)
 
 
+compare(step_1)
 apart, off = compare(step_2)
 assert apart == 0 and off < 1e-10
 assert compare(step_2, torch.float32)[1] < 1e-5
 
 # %% [markdown]
-# That is data parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
+# After step 1 alone the replicas drift apart; after step 2 that is data parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
 # from one process they differ by a rounding, in the sixteenth digit of float64 and in the eighth of float32.
 #
 # ## Why not exactly?
@@ -591,7 +587,7 @@ for name, settings in (rows | {"batch norm": (sgd, True, 1)}).items():
 # ### Exercise 3.5 · A share of a permutation  (★★, 4 min)
 #
 # `shard_indices` says which samples a rank takes in an epoch. All ranks cut *the same* random permutation, which depends
-# on `seed` and `epoch` only. All get equally many, ⌈N/n⌉. If that is more than there are, the permutation is continued
+# on `seed` and `epoch` only, not on torch's global random numbers. All get equally many, ⌈N/n⌉. If that is more than there are, the permutation is continued
 # with itself, from its beginning.
 
 # %% [markdown] tags=["hints-3.5"]
@@ -876,8 +872,9 @@ figure = figures.plot_scaling(
 
 # %% [markdown]
 # Where ranks exceed cores, they share them, and the compute of a step takes longer: that is this machine, not data
-# parallelism. The communication takes what the formula says, plus the waiting for a core. With cores of their own and
-# many ranks, 2(n-1)/n S hardly grows any more: that is why data parallelism scales.
+# parallelism. On one rank nothing is sent; what is left there is copying into buckets. On more, communication takes what
+# the formula says, plus the waiting for a core. With cores of their own and many ranks, 2(n-1)/n S hardly grows any more:
+# that is why data parallelism scales.
 #
 # Now the link. The same ranks on other links, then the formulas beyond: compute + all-reduce without overlap; with it
 # the longer of compute, and forward + all-reduce.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from workshop_utils.checks import Wrong, expect_close
 from workshop_utils.checks.watching import TIMEOUT_S, world_named
 from workshop_utils.collectives import ring_all_reduce_
 from workshop_utils.ranks import sub_world
@@ -191,3 +192,57 @@ def _seen(model: nn.Module, plain: nn.Module, start: WatchedStart) -> dict:
         "gradients": gradients,
         "local": {name: g.detach().clone() for name, g in local.items()},
     }
+
+
+def expect_steps(seen, n: int, are_sizes, what: str, may_be_late: tuple[int, ...] = ()) -> None:
+    """`seen` is what on_rank_train returned on each rank; are_sizes(bytes of each all-reduce) judges those."""
+    for rank, rank_seen in enumerate(seen):
+        if "returned" in rank_seen:
+            raise Wrong(f"rank {rank}: you returned {rank_seen['returned']}, expected the function finish()")
+    for rank, rank_seen in enumerate(seen):
+        if started := rank_seen["steps"][0]["parameters started"]:
+            raise Wrong(
+                f"rank {rank}: you started the all-reduce of the parameter {started[0]} itself. A hook is given the "
+                "parameter; what has to be averaged is its .grad"
+            )
+        if rank_seen["waited_inside"]:
+            raise Wrong(f"rank {rank}: you wait for a job inside the backward, which has to go on meanwhile")
+    for step in range(3):
+        for rank, rank_seen in enumerate(seen):
+            case = f"With world size {n}, step {step + 1}: "
+            try:
+                _expect_step(rank, rank_seen["steps"][step], are_sizes, what, step not in may_be_late)
+                _expect_means(rank, step, seen)
+            except Wrong as complaint:
+                raise Wrong(f"{case}{complaint}") from None
+    for rank, rank_seen in enumerate(seen):
+        if not rank_seen["unchanged"]:
+            raise Wrong(f"rank {rank}: a parameter was changed; only gradients are averaged")
+
+
+def _expect_step(rank: int, step_seen, are_sizes, what: str, late_is_wrong: bool) -> None:
+    if step_seen["unfinished"]:
+        raise Wrong(
+            f"rank {rank}: finish() returned before {step_seen['unfinished']} of the all-reduces were done"
+        )
+    uneven = [(i, sizes) for i, sizes in enumerate(step_seen["sizes"]) if len(set(sizes)) > 1]
+    if uneven:
+        raise Wrong(
+            f"all-reduce {uneven[0][0]} has {uneven[0][1]} bytes on the ranks: every rank must start them in one order"
+        )
+    got = [num_bytes for num_bytes, _ in step_seen["started"]]
+    if not are_sizes(got):
+        raise Wrong(f"rank {rank}: you started all-reduces of {got} bytes; expected {what}")
+    late = sum(not early for _, early in step_seen["started"])
+    if late and late_is_wrong:
+        raise Wrong(f"rank {rank}: {late} of {len(got)} all-reduces were started only after the backward")
+
+
+def _expect_means(rank: int, step: int, seen) -> None:
+    for name, got in seen[rank]["steps"][step]["gradients"].items():
+        wanted = sum(s["steps"][step]["local"][name] for s in seen) / len(seen)
+        if name.startswith("frozen"):
+            if got is not None:
+                raise Wrong(f"rank {rank}: {name} has a gradient now; a frozen parameter takes no part")
+        elif got is not None or wanted.any():
+            expect_close(got, wanted, rank=rank, name=f"{name}.grad", rtol=1e-10, atol=1e-12)
