@@ -159,8 +159,8 @@ def test_it_follows_data_parallel(ranks5, n):
 # ----------------------------------------------------------------------------- what it holds and sends
 
 
-def held_and_sent(n: int) -> tuple[int, int, int]:
-    held, sent, parameters = 0, 0, 0
+def held_and_sent(n: int) -> tuple[int, int, int, int]:
+    held, sent, parameters, moments = 0, 0, 0, 0
     with sub_world(n) as inside:
         if inside:
             net = MLP()
@@ -171,14 +171,18 @@ def held_and_sent(n: int) -> tuple[int, int, int]:
                 sharded.step()
             report = measure_memory(net, sharded)
             held, sent, parameters = report.optimizer_bytes, traffic.bytes_sent, report.parameters_bytes
-    return held, sent, parameters
+            moments = sum(entry["exp_avg"].numel() for entry in sharded.state.values())
+    return held, sent, parameters, moments
 
 
 @world_sizes
 def test_state_is_an_nth_and_a_step_gathers_the_parameters(ranks5, n):
     size = 199_210
     padded = -(-size // n) * n
-    for held, sent, parameters in ranks5.run(held_and_sent, n)[:n]:
+    found = ranks5.run(held_and_sent, n)[:n]
+    assert sum(moments for *_, moments in found) == size, "each weight's on one rank only"
+    for held, sent, parameters, moments in found:
+        assert moments <= padded // n
         assert parameters == 4 * padded, "no second copy of the weights"
         counters = 6 * 4  # at most one step counter for each parameter
         assert 8 * padded // n - 8 * n <= held <= 8 * padded // n + counters
