@@ -21,6 +21,7 @@ from workshop_utils.fully_sharded import FullyShardedDataParallel
 from workshop_utils.memory import measure_memory
 from workshop_utils.models import MLP, SmallViT
 from workshop_utils.point_to_point import count_traffic
+from workshop_utils.ring import ring_all_gather
 
 WORLD_SIZES = [1, 2, 3, 4, 5]
 BATCH = 60  # divides by every world size
@@ -210,6 +211,7 @@ def train_beside_one_process(case, optimizer, n, parts_of, dtype=torch.float64, 
                     shard.grad is None or (shard.grad.shape, shard.grad.dtype) == (shard.shape, dtype)
                 )
             found.append(difference(plain, sharded))
+        padding_is_zero(sharded)
         for mode in (torch.no_grad, torch.inference_mode):  # evaluation, on the whole batch
             with mode():
                 assert torch.allclose(
@@ -219,6 +221,16 @@ def train_beside_one_process(case, optimizer, n, parts_of, dtype=torch.float64, 
                 )
             assert sharded.full_parameter_bytes() == 0
         return found
+
+
+def padding_is_zero(sharded):
+    """In parameters and gradients: a norm over all shards is the norm over all parameters."""
+    for flat in (flat for unit in sharded.units for flat in unit.flat_shards):
+        for mine in (flat.shard.detach(), flat.shard.grad):
+            if mine is not None:
+                everything = mine.new_empty(flat.n * mine.numel())
+                ring_all_gather(everything, mine)
+                assert not everything[flat.numel :].any()
 
 
 def train_all(configurations, **keywords):

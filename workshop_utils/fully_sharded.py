@@ -201,7 +201,7 @@ def _divide(root: nn.Module, unit_types) -> dict[nn.Module, dict[nn.Parameter, l
             unit = module
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(parameter, set()).add(unit or root)
+                owners.setdefault(parameter, set()).add(root if unit is None else unit)
                 use = Use(module, attribute, path + attribute)
                 uses.setdefault(parameter, {}).setdefault(use[:2], use)  # a module may have several paths
         for name, child in module.named_children():
