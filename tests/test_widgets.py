@@ -1,4 +1,4 @@
-"""The stepper: the slider redraws through the plot function, fast enough to drag."""
+"""The stepper and the memory bill: sliders redraw through the plot functions, fast enough to drag."""
 
 import io
 import time
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from workshop_utils.plotting.all_reduce import all_reduce_step_figure, describe_step
+from workshop_utils.plotting.fully_sharded import memory_bill_figure
 from workshop_utils.schedules import ALGORITHMS, schedule
-from workshop_utils.widgets import all_reduce_stepper
+from workshop_utils.widgets import MODEL_SIZES, all_reduce_stepper, memory_bill
 
 
 def parts(stepper):
@@ -67,3 +68,25 @@ def test_what_cannot_be_shown_is_told():
         all_reduce_stepper("ring", 1)
     with pytest.raises(ValueError, match="unknown algorithm 'star': choose one of naive"):
         all_reduce_stepper("star", 4)
+
+
+def test_the_bill_follows_slider_and_model():
+    model, slider, picture = memory_bill(7_500_000_000, 64).children
+    assert isinstance(model, ipywidgets.Dropdown)
+    assert isinstance(slider, ipywidgets.SelectionSlider)
+    seen = [picture.value]
+    slider.value = 2
+    seen.append(picture.value)
+    model.value = MODEL_SIZES["70 B"]
+    seen.append(picture.value)
+    assert len(set(seen)) == 3
+    buffer = io.BytesIO()
+    memory_bill_figure(70_000_000_000, 2).savefig(buffer, format="png", dpi=90)
+    np.testing.assert_array_equal(pixels(picture.value), pixels(buffer.getvalue()))
+
+
+def test_the_bill_says_which_sizes_it_has():
+    with pytest.raises(
+        ValueError, match="must be one of 199,210.* power of two up to 1,024, got 7,500,000,000 and 3"
+    ):
+        memory_bill(7_500_000_000, 3)

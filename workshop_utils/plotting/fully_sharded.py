@@ -124,6 +124,34 @@ def plot_communication_share(
     return figure
 
 
+def plot_recorded_shares(recorded: dict) -> Figure:
+    """The share of a step that communication takes, a panel for each strategy, from recorded_fsdp.json.
+
+    Points are measured on emulated links, lines are the formula's.
+    """
+    rows = recorded["shares"]  # [strategy, world_size, gigabits_per_s, step_s, compute_s, predicted_s]
+    strategies, rates = list(dict.fromkeys(row[0] for row in rows)), sorted({row[2] for row in rows})
+    figure, axes = plt.subplots(1, len(strategies), figsize=(8.0, 3.4), sharey=True, squeeze=False)
+    colors = plt.get_cmap("viridis_r")(np.linspace(0.18, 1, len(rates)))
+    for ax, strategy in zip(axes[0], strategies):
+        for rate, color in zip(rates, colors):
+            chosen = [row for row in rows if row[0] == strategy and row[2] == rate]
+            worlds, predicted = [row[1] for row in chosen], [row[5] / (row[5] + row[4]) for row in chosen]
+            ax.plot(worlds, [100 * share for share in predicted], color=color, label=f"{rate:g} Gb/s")
+            measured = [100 * (1 - row[4] / row[3]) for row in chosen]
+            ax.plot(worlds, measured, "o", color=color, markeredgecolor="white", markersize=7)
+        ax.set(ylim=(0, 104), xscale="log", xlabel="ranks", title=strategy)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_locator(FixedLocator(sorted({row[1] for row in rows})))
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.grid(True)
+    axes[0, 0].set_ylabel("% of a step is communication")
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], marker="o", linestyle="none", color=MUTED))
+    figure.legend(handles, [*names, "measured"], ncols=len(handles), loc="outside lower center")
+    return figure
+
+
 def _count(number: float) -> str:
     for unit, factor in ((" B", 1e9), (" M", 1e6)):
         if number >= factor:

@@ -1,0 +1,84 @@
+"""The figures of notebook 04 show the numbers they are given, and no label lies on another."""
+
+import json
+from importlib import resources
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from test_plotting_all_reduce import overlapping_texts
+from workshop_utils.memory import zero_bytes
+from workshop_utils.plotting import rank_color, use_style
+from workshop_utils.plotting.fully_sharded import (
+    memory_bill_figure,
+    plot_communication_share,
+    plot_live_bytes,
+    plot_memory_bill,
+    plot_recorded_shares,
+)
+
+
+@pytest.fixture(autouse=True)
+def style():
+    use_style()
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("num_parameters", [199_210, 7_500_000_000, 175_000_000_000])
+@pytest.mark.parametrize("world_size", [1, 2, 64])
+def test_the_bill_is_the_formulas(num_parameters, world_size):
+    figure = plot_memory_bill(num_parameters, world_size)
+    bars = [bar.get_width() for container in figure.axes[0].containers for bar in container]
+    kinds = ("parameters", "gradients", "optimizer")
+    assert bars == [
+        zero_bytes(stage, num_parameters, world_size)[kind] for kind in kinds for stage in range(4)
+    ]
+    assert overlapping_texts(figure) == []
+    figure = memory_bill_figure(num_parameters, world_size)
+    FigureCanvasAgg(figure)  # so that it can be drawn outside pyplot
+    assert overlapping_texts(figure) == []
+
+
+def test_the_bill_of_the_paper():
+    """Rajbhandari et al. 2020, figure 1: 7.5 billion parameters on 64 ranks."""
+    totals = [sum(zero_bytes(stage, 7_500_000_000, 64).values()) / 1e9 for stage in range(4)]
+    assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+    with pytest.raises(ValueError, match="stage must be 0"):
+        zero_bytes(4, 1, 1)
+
+
+def test_live_bytes_have_a_row_for_each_rank_in_its_colour():
+    curves = {f"rank {rank}": [628_000, 0, 160_800, 0] for rank in range(4)}
+    labels = ["gather fc1", "fc1 forward done", "gather fc2", "fc2 forward done"]
+    figure = plot_live_bytes("Live", curves, labels, {"two largest units": 788_800})
+    assert overlapping_texts(figure) == []
+    for rank, ax in enumerate(figure.axes):
+        assert [bar.get_height() for bar in ax.patches] == [628, 0, 160.8, 0]
+        assert matplotlib.colors.to_hex(ax.patches[0].get_facecolor()) == rank_color(rank)
+
+
+def test_communication_share():
+    lines = {"200 Mb/s": ([2, 4, 8], [0.5, 0.6, 0.7]), "2,000 Mb/s": ([2, 4, 8], [0.1, 0.2, 0.3])}
+    figure = plot_communication_share("Share", lines, {"200 Mb/s": ([2], [0.55])}, xlabel="ranks", log=True)
+    assert overlapping_texts(figure) == []
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [
+        [50, 60, 70],
+        [pytest.approx(55)],
+        [10, 20, 30],
+    ]
+    figure = plot_communication_share("Share", lines, xlabel="ranks")
+    assert overlapping_texts(figure) == []
+
+
+def test_recorded_shares():
+    recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_fsdp.json").read_text())
+    figure = plot_recorded_shares(recorded)
+    assert overlapping_texts(figure) == []
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["DataParallel", "FullyShardedDataParallel"]
+    shares = [y for ax in figure.axes for line in ax.lines for y in line.get_ydata()]
+    assert all(0 < share < 100 for share in shares)
