@@ -12,7 +12,7 @@ from workshop_utils.fully_sharded import FullyShardedDataParallel
 
 TITLE = "Fully sharded: ours beside torch's fully_shard"
 WORLD_SIZE = 4
-NUM_LAYERS, WIDTH, BATCH = 8, 1024, 32  # BATCH: samples per rank
+NUM_LAYERS, WIDTH, BATCH = 8, 1024, 8  # BATCH: samples per rank, few: most of the step is communication
 ROUNDS = 21
 
 
