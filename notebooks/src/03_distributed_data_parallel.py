@@ -758,7 +758,7 @@ def against_torch(rounds):
     torch.manual_seed(0)
     start, rank, n = MLP(), dist.get_rank(), dist.get_world_size()
     models = {name: wrap(copy.deepcopy(start)) for name, wrap in wrappers.items()}
-    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.5) for name, model in models.items()}
+    optimizers = {name: torch.optim.SGD(model.parameters(), lr=0.2) for name, model in models.items()}
     seen = {name: [] for name in models}
     for step in range(rounds):
         x, y = (part.chunk(n)[rank] for part in batches[step % len(batches)])
@@ -778,7 +778,7 @@ def against_torch(rounds):
 
 # %% tags=["nbval-ignore-output"]
 wrappers = {"ours": DataParallel, "torch": DistributedDataParallel}
-by_rank = ranks.run(against_torch, 24 if PROFILE == "quick" else 200)
+by_rank = ranks.run(against_torch, 24 if PROFILE == "quick" else 60)
 S, losses, ddp_s, sent_S = sum(p.nbytes for p in MLP().parameters()), {}, {}, {}
 for name in wrappers:
     rows = torch.tensor([seen[name] for seen in by_rank], dtype=torch.float64)  # [ranks, steps, 3]
@@ -814,7 +814,7 @@ def train_with_accelerate(images, labels):
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(accelerator.process_index)
     model, losses = MLP(), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(images, labels), batch_size=B // dist.get_world_size()
     )
