@@ -49,9 +49,9 @@ def names_holding_a_group(variables: dict) -> list[str]:
 
     def holds(value) -> bool:
         if isinstance(value, type):
-            return False
+            return False  # the class DataParallel holds nothing
         names = {kind.__name__ for kind in type(value).__mro__}
-        if names & _HOLDERS or (getattr(value, "holds_process_group", False) and not isinstance(value, type)):
+        if names & _HOLDERS or getattr(value, "holds_process_group", False):
             return True
         return isinstance(value, nn.Module) and any(map(holds, value.children()))
 
