@@ -1037,7 +1037,7 @@ for what, recorded_s, _, _, samples in recorded["mitigations"]:
 # %% [markdown]
 # - **Larger units** send the same in fewer messages: for links with a high latency.
 # - **Reshard off** spares a third of the bytes and holds the whole model: fine where gradients and optimizer state
-#   are what does not fit. It is ZeRO-2.
+#   are what does not fit. It sends what ZeRO-2 sends.
 # - **HSDP** sends hardly less, but only its all-reduce, a quarter of these bytes, leaves the group of two. Put
 #   the groups where the fast links are.
 # - **Accumulating** two parts costs twice the bytes, unless parameters and gradients stay whole in between: then a
