@@ -117,17 +117,17 @@ def test_fsdp_does_too_and_goes_on_with_another_number_of_ranks(tmp_path, one_pr
 @pytest.mark.slow
 def test_a_killed_worker_costs_the_steps_since_the_checkpoint_and_nothing_else(tmp_path):
     common = ("--strategy", "ddp", "--steps", 150, "--checkpoint-every", 10)
-    finish(torchrun(2, *common, "--report", tmp_path / "calm.json"))
+    finish(torchrun(3, *common, "--report", tmp_path / "calm.json"))
     folder = tmp_path / "checkpoints"
     process = torchrun(
-        2, *common, "--checkpoint-dir", folder, "--report", tmp_path / "killed.json", restarts=1
+        3, *common, "--checkpoint-dir", folder, "--report", tmp_path / "killed.json", restarts=1
     )
     give_up_s = time.monotonic() + LIMIT_S
     while not list(folder.glob("step_*.pt")) and time.monotonic() < give_up_s:
         assert process.poll() is None, process.communicate()[0][-4000:]
         time.sleep(0.01)
     workers = [p for p in psutil.Process(process.pid).children() if "workshop_utils.train" in p.cmdline()]
-    assert len(workers) == 2
+    assert len(workers) == 3
     workers[1].send_signal(signal.SIGKILL)
     said = finish(process)
     calm, killed = read(tmp_path / "calm.json"), read(tmp_path / "killed.json")

@@ -92,7 +92,7 @@ class _Ring:
 
     def __init__(self, group: dist.ProcessGroup | None, channel: int = 0):
         ranks, self.me = members(group)
-        self.sums, self.gather = _TAGS * channel + _SUMS, _TAGS * channel + _GATHER
+        self.sum_tag, self.gather_tag = _TAGS * channel + _SUMS, _TAGS * channel + _GATHER
         self.n, self.group = len(ranks), group or dist.group.WORLD
         self.left, self.right = (self.me - 1) % self.n, (self.me + 1) % self.n
 
@@ -111,15 +111,15 @@ class _Ring:
         totals = self._backwards(sums, first=self.me - 2)
         num_boxes, boxes = _boxes_for(arriving)
         num_passed_on = len(arriving) - len(chunks[self.me])
-        receives = [start_recv(box, self.left, self.group, self.sums) for box in boxes[:num_boxes]]
-        sends = [start_send(segment, self.right, self.group, self.sums) for segment in chunks[self.me - 1]]
+        receives = [start_recv(box, self.left, self.group, self.sum_tag) for box in boxes[:num_boxes]]
+        sends = [start_send(segment, self.right, self.group, self.sum_tag) for segment in chunks[self.me - 1]]
         for i, (segment, total, box) in enumerate(zip(arriving, totals, boxes)):
             receives[i].wait()
             torch.add(box, segment, out=total)
             if i + num_boxes < len(boxes):
-                receives.append(start_recv(boxes[i + num_boxes], self.left, self.group, self.sums))
+                receives.append(start_recv(boxes[i + num_boxes], self.left, self.group, self.sum_tag))
             if i < num_passed_on:
-                sends.append(start_send(total, self.right, self.group, self.sums))
+                sends.append(start_send(total, self.right, self.group, self.sum_tag))
         return sends
 
     def start_gather(self, chunks: list[Segments]) -> list[Transfer]:
@@ -129,7 +129,7 @@ class _Ring:
         sum, hence this rank's numbers too.
         """
         return [
-            start_recv(s, self.left, self.group, self.gather)
+            start_recv(s, self.left, self.group, self.gather_tag)
             for s in self._backwards(chunks, first=self.me - 1)
         ]
 
@@ -141,11 +141,13 @@ class _Ring:
         """
         leaving = self._backwards(chunks, first=self.me)
         num_mine = len(chunks[self.me])
-        sends = [start_send(segment, self.right, self.group, self.gather) for segment in leaving[:num_mine]]
+        sends = [
+            start_send(segment, self.right, self.group, self.gather_tag) for segment in leaving[:num_mine]
+        ]
         for i, receive in enumerate(receives, start=num_mine):
             receive.wait()
             if i < len(leaving):
-                sends.append(start_send(leaving[i], self.right, self.group, self.gather))
+                sends.append(start_send(leaving[i], self.right, self.group, self.gather_tag))
         return sends
 
     def _backwards(self, chunks: list[Segments], first: int) -> list[torch.Tensor]:
