@@ -972,9 +972,8 @@ recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_fsdp.
 print("recorded with", recorded["command"], "on", recorded["machine"])
 print(f"{recorded['model']}; latency {recorded['latency_s'] * 1e3:g} ms")
 figure = plot_recorded_shares(recorded)
-hosts = resources.files("workshop_utils").joinpath("recorded_multihost.json")
-if hosts.is_file():
-    figure = costs.plot_multihost(json.loads(hosts.read_text())["rows"])
+hosts = json.loads(resources.files("workshop_utils").joinpath("recorded_multihost.json").read_text())
+figure = costs.plot_multihost(hosts["rows"])
 
 # %% [markdown]
 # With a few thousand tokens per device NVLink hardly shows, PCIe takes half of a step if nothing overlaps, and Ethernet
@@ -983,6 +982,9 @@ if hosts.is_file():
 # The second figure was recorded, with more ranks and more time than there is here. At each link sharding pays more
 # than data parallel: half as many bytes again, and messages for every unit. Points above the lines are what the
 # formula leaves out: waiting for a core, and Python.
+#
+# The third is from two hosts: network namespaces whose links the kernel holds to a rate, with torchrun across them
+# (`cluster/multihost_lab.sh`). `fully_shard` between them sends 4 S(n-1)/n, ours on the emulated link 3.
 #
 # ## What helps where links are slow?
 #
