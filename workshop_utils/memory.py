@@ -98,7 +98,9 @@ def zero_bytes(stage: int, num_parameters: int, world_size: int) -> dict[str, fl
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be 0 (nothing divided), 1, 2 or 3, got {stage!r}")
     if num_parameters < 0 or world_size < 1:
-        raise ValueError(f"num_parameters {num_parameters} and world_size {world_size} must be 0 and 1 or more")
+        raise ValueError(
+            f"num_parameters {num_parameters} and world_size {world_size} must be 0 and 1 or more"
+        )
     whole = {"parameters": 2, "gradients": 2, "optimizer": 12}
     divided_from = {"parameters": 3, "gradients": 2, "optimizer": 1}
     return {

@@ -857,7 +857,7 @@ S, live_s = sum(p.nbytes for p in eight_layers().parameters()), {len(ranks): ste
 for n in (1, 2):
     live_s[n], _ = slowest(n, link, rounds)
 for n, seen in sorted(live_s.items()):
-    share, sending_s = 1 - seen["alone"] / seen["off"], ring_all_reduce_s(S, n, link)
+    share, sending_s = max(0.0, 1 - seen["alone"] / seen["off"]), ring_all_reduce_s(S, n, link)
     predicted = sending_s / (sending_s + seen["alone"])
     print(f"{n} ranks: {1 / seen['off']:.1f} steps/s, communication {share:.0%}, predicted {predicted:.0%}")
 

@@ -634,7 +634,8 @@ for name in vits:
     print(f"{name:12} {kept[name] / 1e6:4.1f} MB, {vit_s[name] / vit_s['plain']:.2f} times the step time")
 
 # %% [markdown]
-# A fraction of the memory, for one more forward: about a third of a step, as a backward costs two forwards. [Stas
+# A fraction of the memory, for one more forward: a third of a step, as a backward costs two forwards. With blocks as
+# small as these, what torch does around each call comes on top. [Stas
 # Bekman](https://github.com/stas00/ml-engineering) reports 20 to 25% of the throughput. With sharding: first
 # checkpoint, then `fully_shard`. The unit is gathered once for both, the second forward and the backward.
 #
