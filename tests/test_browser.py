@@ -210,6 +210,35 @@ def test_the_stop_button_frees_a_deadlock(start_here):
     assert "tensor([4.])" in start_here.run(i)
 
 
+def test_the_memory_bill_follows_the_slider_and_the_model(start_here):
+    """Notebook 04's widget, in a cell of notebook 00: the whole of 04 takes a minute."""
+    i = 1
+    start_here.replace(
+        i, "from workshop_utils.widgets import memory_bill\nmemory_bill(7_500_000_000, world_size=64)"
+    )
+    start_here.run(i)
+    cell = start_here.cells.nth(i)
+    picture, handle = cell.locator("img.widget-image"), cell.locator(".noUi-handle")
+    picture.wait_for(timeout=30_000)
+    start_here.shot("04-memory-bill", i)
+    before = picture.get_attribute("src")
+    start = handle.bounding_box()
+    start_here.page.mouse.move(start["x"] + start["width"] / 2, start["y"] + start["height"] / 2)
+    start_here.page.mouse.down()
+    start_here.page.mouse.move(start["x"] - 120, start["y"] + start["height"] / 2, steps=5)
+    start_here.page.mouse.up()
+    changed(start_here.page, picture, before)
+    start_here.page.wait_for_timeout(1000)  # until the last of the steps that it was dragged over is drawn
+    before = picture.get_attribute("src")
+    cell.locator("select").select_option("70 B")
+    changed(start_here.page, picture, before)
+    before = picture.get_attribute("src")
+    handle.focus()
+    start_here.page.keyboard.press("ArrowRight")
+    changed(start_here.page, picture, before)
+    start_here.shot("04-memory-bill-70B", i)
+
+
 def test_nothing_asks_the_reader_for_permission_to_phone_home(start_here):
     assert start_here.page.locator(".Toastify__toast").count() == 0
 
