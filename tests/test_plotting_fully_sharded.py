@@ -29,7 +29,7 @@ def style():
     plt.close("all")
 
 
-@pytest.mark.parametrize("num_parameters", [199_210, 7_500_000_000, 175_000_000_000])
+@pytest.mark.parametrize("num_parameters", [199_210, 7_500_000_000, 70_000_000_000, 175_000_000_000])
 @pytest.mark.parametrize("world_size", [1, 2, 64])
 def test_the_bill_is_the_formulas(num_parameters, world_size):
     figure = plot_memory_bill(num_parameters, world_size)
@@ -42,6 +42,8 @@ def test_the_bill_is_the_formulas(num_parameters, world_size):
     figure = memory_bill_figure(num_parameters, world_size)
     FigureCanvasAgg(figure)  # so that it can be drawn outside pyplot
     assert overlapping_texts(figure) == []
+    shown = [text.get_text() for ax in figure.axes for text in (*ax.texts, *ax.get_xticklabels())]
+    assert not any("e+" in text for text in shown), shown  # 1.12 TB, not 1.12e+03 GB
 
 
 def test_the_bill_of_the_paper():

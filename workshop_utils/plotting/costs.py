@@ -27,7 +27,7 @@ def plot_seconds(title: str, lines: dict, points: dict | None = None) -> Figure:
             ax.plot(*points[label], "o", color=color, markeredgecolor="white")
     ax.set(xscale="log", yscale="log", xlabel="bytes of one rank's tensor, S", ylabel="seconds", title=title)
     ax.xaxis.set_major_locator(FixedLocator([10**k for k in range(3, 12)]))
-    ax.xaxis.set_major_formatter(lambda size, _: _bytes(size))
+    ax.xaxis.set_major_formatter(lambda size, _: bytes_label(size))
     ax.yaxis.set_major_formatter(lambda time_s, _: _seconds(time_s))
     ax.grid(True)
     handles, labels = ax.get_legend_handles_labels()
@@ -96,8 +96,9 @@ def plot_multihost(rows: list[dict]) -> Figure:
     return figure
 
 
-def _bytes(size: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+def bytes_label(size: float) -> str:
+    """Three digits and a unit: 31.4 GB, 1.12 TB."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= factor:
             return f"{size / factor:.3g} {unit}"
     return f"{size:.3g} B"

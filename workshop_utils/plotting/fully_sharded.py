@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from workshop_utils.memory import zero_bytes
 from workshop_utils.plotting import INK, MUTED, rank_color
-from workshop_utils.plotting.costs import _bytes
+from workshop_utils.plotting.costs import bytes_label
 from workshop_utils.plotting.single_device import KIND_COLORS
 
 STAGES = ("one device, or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3, FSDP")
@@ -28,7 +28,7 @@ def draw_memory_bill(figure: Figure, num_parameters: int, world_size: int) -> No
         left = [start + size for start, size in zip(left, sizes)]
     for row, total in enumerate(left):
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        ax.text(total + 0.012 * left[0], row, _bytes(total), va="center", bbox=white)
+        ax.text(total + 0.012 * left[0], row, bytes_label(total), va="center", bbox=white)
     if DEVICE_BYTES < 1.1 * left[0]:
         ax.axvline(DEVICE_BYTES, color=INK, linewidth=1, linestyle="--")
         ax.text(DEVICE_BYTES, len(STAGES) - 0.5, " 80 GB", ha="left", va="top", fontsize=8)
@@ -37,7 +37,7 @@ def draw_memory_bill(figure: Figure, num_parameters: int, world_size: int) -> No
     ax.set(
         xlabel="bytes per rank", title=f"{_count(num_parameters)} parameters on {ranks}: 16 bytes for each"
     )
-    ax.xaxis.set_major_formatter(lambda size, _: _bytes(size) if size else "0")
+    ax.xaxis.set_major_formatter(lambda size, _: bytes_label(size) if size else "0")
     ax.invert_yaxis()
     ax.tick_params(left=False)
     figure.legend(ncols=3, loc="outside lower center")
