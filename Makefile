@@ -54,7 +54,7 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
 
-bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 10 minutes, idle)
+bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 3 minutes on an idle machine)
 	@$(PY) benchmarks/run.py
 
 doctor: setup  ## is this machine ready? Every failing line names its cure
