@@ -39,7 +39,7 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
 	@$(PY) -m pytest tests
 
-test-fast: setup lint  ## the checks that run no notebook and no browser (about 5 minutes)
+test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PY) -m pytest tests -m "not notebooks and not browser and not slow"
 
 .PHONY: lint
