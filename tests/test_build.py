@@ -1,12 +1,16 @@
 """notebooks/build.py on small notebooks in a scratch tree."""
 
+import base64
+import io
 import json
 import re
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -312,10 +316,38 @@ def test_execute_keeps_outputs_and_nothing_of_this_machine(tree, monkeypatch):
     assert everything_in(tree) == first
 
 
+def figure_png() -> str:
+    """A figure as the inline backend encodes it."""
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots()
+    ax.imshow([[0, 0.3], [0.7, 1]])
+    ax.set_title("Four colours and a scale")
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        plt.close(figure)
+        return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_committed_picture_is_smaller_and_looks_the_same():
+    before = figure_png()
+    after = build.smaller_png(before)
+    assert len(after) < 0.7 * len(before)
+    assert build.smaller_png(after) == after  # built again, no byte changes
+    old, new = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), int)
+        for png in (before, after)
+    )
+    assert old.shape == new.shape and abs(old - new).max() <= 16
+
+
 def test_live_widgets_and_progress_bars_do_not_reach_a_committed_notebook():
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"}
     assert build.clean_output(nbformat.v4.new_output("display_data", data=widget)) is None
-    pictured = build.clean_output(nbformat.v4.new_output("display_data", data=widget | {"image/png": "aaaa"}))
+    picture = figure_png()
+    pictured = build.clean_output(
+        nbformat.v4.new_output("display_data", data=widget | {"image/png": picture})
+    )
     assert set(pictured.data) == {"text/plain", "image/png"}
     assert build.clean_output(nbformat.v4.new_output("stream", name="stderr", text="10%\r20%\r")) is None
 

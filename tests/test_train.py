@@ -174,7 +174,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, one_pr
     [
         (("--model", "vit"), "model mlp, not vit"),
         (("--seed", 5), "seed 0, not 5"),
-        (("--batch-size", 8), "batch size 16, not 8"),
+        (("--batch-size", 8), "batch_size 16, not 8"),
+        (("--learning-rate", 0.5), "learning_rate 0.001, not 0.5"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_in_one_line(other, named, tmp_path, one_process):
@@ -182,6 +183,30 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_line(other, named, tmp_pa
     one_process(*arguments)
     status, said = one_process(*arguments, *other)
     assert status == 2 and named in said and "Traceback" not in said and said.strip().count("\n") == 0
+
+
+def test_a_checkpoint_of_other_images_is_refused(tmp_path, one_process, monkeypatch):
+    """Another number of images has another order of batches: MNIST downloaded in between, for instance."""
+    arguments = ("--steps", 2, "--batch-size", 16, "--checkpoint-dir", tmp_path)
+    one_process(*arguments)
+    more = few_images()
+    more = MNIST(
+        more.train_images.repeat(2, 1),
+        more.train_labels.repeat(2),
+        more.test_images,
+        more.test_labels,
+        "noise",
+    )
+    monkeypatch.setattr(script, "load_data", lambda device: more)
+    status, said = one_process(*arguments)
+    assert status == 2 and "num_images 64, not 128" in said
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_an_error(tmp_path, one_process):
+    arguments = ("--batch-size", 16, "--checkpoint-dir", tmp_path)
+    one_process("--steps", 5, *arguments)
+    status, said = one_process("--steps", 3, *arguments)
+    assert status == 2 and "is at step 5 already, and --steps is 3" in said
 
 
 # ----------------------------------------------------------------------------- what cannot run

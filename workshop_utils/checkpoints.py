@@ -96,9 +96,9 @@ def _find_newest(folder: Path, settings: dict) -> Path | None:
             print(f"train: passing over a damaged checkpoint: {error}", flush=True)
             continue
         for key, mine in settings.items():
-            if theirs[key] != mine:
+            if theirs.get(key) != mine:
                 raise CheckpointError(
-                    f"{file} was made with {key} {theirs[key]}, not {mine}: "
+                    f"{file} was made with {key} {theirs.get(key)}, not {mine}: "
                     "use the same, or another --checkpoint-dir"
                 )
         return file

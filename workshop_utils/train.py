@@ -230,10 +230,16 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Mo
     torch.manual_seed(options.seed)
     model = wrap(MODELS[options.model][0]().to(device), options, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
-    settings = {"model": options.model, "batch size": options.batch_size, "seed": options.seed}
+    settings = {name: getattr(options, name) for name in ("model", "batch_size", "learning_rate", "seed")}
+    settings["num_images"] = len(data.train_images)
     run = Run()
     if options.checkpoint_dir:
         run.resumed_at = load_newest(options.checkpoint_dir, settings, model, optimizer)
+    if run.resumed_at > options.steps:
+        raise CheckpointError(
+            f"{options.checkpoint_dir} is at step {run.resumed_at} already, and --steps is {options.steps}: "
+            "ask for more steps, or choose another --checkpoint-dir"
+        )
     batches = draw_batches(len(data.train_images), options.batch_size, options.steps, options.seed)
     quiet = True if place()[0] else None  # None: a bar if somebody looks at a terminal
     with tqdm(total=options.steps, initial=run.resumed_at, unit="step", disable=quiet) as bar:
