@@ -14,7 +14,12 @@ from workshop_utils.doctor import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONDA_NAMES = {"torch": "pytorch-cpu", "jupyter-client": "jupyter_client", "matplotlib": "matplotlib-base"}
+CONDA_NAMES = {
+    "torch": "pytorch-cpu",
+    "huggingface-hub": "huggingface_hub",
+    "jupyter-client": "jupyter_client",
+    "matplotlib": "matplotlib-base",
+}
 
 
 def lock_lines() -> list[str]:

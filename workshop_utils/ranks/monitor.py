@@ -115,7 +115,10 @@ class Monitor(threading.Thread):
         os._exit(1)
 
     def _in_forked_child(self) -> None:
-        """A forked child must not outlive its rank."""
+        """A forked child must not outlive its rank, nor wait for a lock that a thread of the rank held at the fork."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "_buffer_lock"):  # ipykernel's; its own thread takes it at any moment
+                stream._buffer_lock = threading.RLock()
 
         def follow(parent: int = self.pid) -> None:
             while os.getppid() == parent:
