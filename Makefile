@@ -36,11 +36,14 @@ lab: setup  ## a quick check of this machine, then JupyterLab on the first noteb
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
+# Two tests at a time: many wait for processes to start. A group (a mark in the tests) stays on one worker.
+PARALLEL := -n 2 --dist loadgroup
+
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests $(PARALLEL)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
-	@$(PY) -m pytest tests -m "not notebooks and not browser and not slow"
+	@$(PY) -m pytest tests $(PARALLEL) -m "not notebooks and not browser and not slow"
 
 .PHONY: lint
 lint: setup
