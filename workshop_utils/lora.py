@@ -4,19 +4,25 @@
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), section 4.1; rsLoRA:
 Kalajdzievski 2023 (arXiv:2312.03732). The names (r, lora_alpha, lora_A, lora_B, base_layer) are those of the library
-PEFT; files in its format are written and read by peft_format.py, whose two functions can be imported from here too.
+PEFT; peft_format.py knows its files and its rule for target_modules.
 
 Shapes: W is [out, in], A is [r, in], B is [out, r]. `r` is LoRA's rank; in the other notebooks `rank` is a process.
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-_LISTED = 12  # an error names at most so many modules
+from workshop_utils.peft_format import (
+    as_target_modules,
+    read_adapter,
+    shortened,
+    target_module_names,
+    write_adapter,
+)
 
 
 class LoRALinear(nn.Module):
@@ -123,6 +129,7 @@ def apply_lora(
     the model holds LoRA layers already, and for the settings that LoRALinear refuses.
     """
     _check_settings(r, lora_alpha, lora_dropout)
+    _check_no_lora(model)
     names = target_module_names(model, target_modules)
     model.requires_grad_(False)
     for name in names:
@@ -194,7 +201,7 @@ def check_adapter_shapes(expected: Mapping[str, tuple[int, ...]], state: Mapping
     ):
         if keys:
             raise ValueError(
-                f"{_shortened(sorted(keys))} {problem} the adapter: it was made for another model"
+                f"{shortened(sorted(keys))} {problem} the adapter: it was made for another model"
             )
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
@@ -203,39 +210,50 @@ def check_adapter_shapes(expected: Mapping[str, tuple[int, ...]], state: Mapping
             )
 
 
-def target_module_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """The paths of the nn.Linear modules that `target_modules` means, by PEFT's rule (see `apply_lora`).
+def save_peft_adapter(model: nn.Module, folder: str | Path, *, base_model_name_or_path: str | None) -> None:
+    """Write the adapter into `folder` as PEFT would: adapter_config.json and adapter_model.safetensors.
 
-    Raises ValueError where a name matches nothing or something that is no nn.Linear, or the model holds LoRA layers.
+    `base_model_name_or_path` tells people, and PEFT, which base it belongs to: a repository id, a path or None.
+    The factors A and B are written, merged or not. An adapter that was in the folder is replaced, never mixed with.
+    Raises ValueError where the layers differ in r, lora_alpha, lora_dropout or use_rslora.
     """
-    modules = dict(model.named_modules())
-    wrapped = [name for name, module in modules.items() if isinstance(module, LoRALinear)]
-    if wrapped:
-        raise ValueError(f"{type(model).__name__} holds LoRA layers already: {_shortened(wrapped)}")
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and name]
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        output_layer = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name in linear if modules[name] is not output_layer]
-    else:
-        targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        found = {
-            target: [name for name in modules if _matches(target_modules, target, name)] for target in targets
-        }
-        for target, names in found.items():
-            if not names:
+    layers = lora_layers(model)
+    settings = _settings(layers[0][1])
+    for name, layer in layers:
+        for setting, value in _settings(layer).items():
+            if value != settings[setting]:
                 raise ValueError(
-                    f"{target!r} matches no module. The nn.Linear modules are: {_shortened(linear)}"
+                    f"{setting} is {settings[setting]} in {layers[0][0]} and {value} in {name}: "
+                    "a saved adapter has one value for all layers"
                 )
-        names = [name for name in modules if any(name in matched for matched in found.values())]
-    if not names:
-        raise ValueError(f"{target_modules!r} matches no nn.Linear of {type(model).__name__}")
-    for name in names:
-        if name not in linear:
-            kind = type(modules[name]).__name__
-            raise ValueError(
-                f"{name!r} is {kind}, not nn.Linear. The nn.Linear modules are: {_shortened(linear)}"
-            )
-    return names
+    names = [name for name, _ in layers]
+    write_adapter(
+        Path(folder),
+        {**settings, "target_modules": as_target_modules(model, names)},
+        adapter_state_dict(model),
+        base_model_name_or_path=base_model_name_or_path,
+        model=model,
+    )
+
+
+def load_peft_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Apply LoRA to `model` as adapter_config.json says, in place, with the saved A and B. Returns `model`.
+
+    The values are cast to the dtype of the base's weights; A and B are trainable, everything else is frozen.
+    Raises FileNotFoundError or ValueError, before anything is changed, where a file is missing or damaged, a setting
+    is not supported (use_dora, bias, modules_to_save, ...: the message names it), or keys or shapes do not fit.
+    """
+    _check_no_lora(model)
+    settings, tensors = read_adapter(Path(folder))
+    expected = {}
+    for name in target_module_names(model, settings["target_modules"]):
+        linear = model.get_submodule(name)
+        expected[f"{name}.lora_A.weight"] = (settings["r"], linear.in_features)
+        expected[f"{name}.lora_B.weight"] = (linear.out_features, settings["r"])
+    check_adapter_shapes(expected, tensors)
+    apply_lora(model, **settings)
+    load_adapter_state_dict(model, tensors)
+    return model
 
 
 def subspace_similarity(first: Tensor, second: Tensor, i: int, j: int) -> float:
@@ -253,19 +271,25 @@ def subspace_similarity(first: Tensor, second: Tensor, i: int, j: int) -> float:
     return float((bases[0] @ bases[1].T).square().sum() / min(i, j))
 
 
-def _matches(target_modules: str | Sequence[str], target: str, name: str) -> bool:
-    """PEFT's rule for one module: a lone string is a regular expression, an entry of a list a path or its end."""
-    if isinstance(target_modules, str):
-        return re.fullmatch(target, name) is not None
-    return name == target or name.endswith(f".{target}")
+def _check_no_lora(model: nn.Module) -> None:
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    if wrapped:
+        raise ValueError(
+            f"{type(model).__name__} holds LoRA layers already: {shortened(wrapped)}. Start from the base, or switch "
+            "adapters with load_adapter_state_dict."
+        )
 
 
 def _layers_to_change(model: nn.Module, merged: bool) -> list[tuple[str, LoRALinear]]:
-    """All LoRA layers; RuntimeError, before any is changed, where one is not in the state `merged`."""
+    """All LoRA layers; RuntimeError, before any is changed, where one is not in the state `merged`, or is tied."""
     layers = lora_layers(model)
     for name, layer in layers:
         if layer.merged is not merged:
             raise RuntimeError(f"{name} is {'merged already' if layer.merged else 'not merged'}")
+    uses = {id(layer.base_layer.weight): f"{name}.base_layer.weight" for name, layer in layers}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if uses.get(id(parameter), name) != name:
+            raise RuntimeError(f"{uses[id(parameter)]} is tied to {name}: merging would change that too")
     return layers
 
 
@@ -277,6 +301,15 @@ def _adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def _settings(layer: LoRALinear) -> dict[str, object]:
+    return {
+        "r": layer.r,
+        "lora_alpha": layer.lora_alpha,
+        "lora_dropout": getattr(layer.lora_dropout, "p", 0.0),
+        "use_rslora": layer.use_rslora,
+    }
+
+
 def _check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r must be a whole number, 1 or more, got {r!r}")
@@ -284,9 +317,3 @@ def _check_settings(r: int, lora_alpha: float, lora_dropout: float) -> None:
         raise ValueError(f"lora_alpha must be above 0, got {lora_alpha!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must be at least 0 and below 1, got {lora_dropout!r}")
-
-
-def _shortened(names: Sequence[str]) -> str:
-    """The names with commas; of a long list the beginning and the count."""
-    rest = f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
