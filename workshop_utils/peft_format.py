@@ -62,19 +62,20 @@ def target_module_names(model: nn.Module, target_modules: str | Sequence[str]) -
     else:
         found = {t: [name for name in modules if name == t or name.endswith(f".{t}")] for t in target_modules}
     there_are = f"The nn.Linear modules of {type(model).__name__}: {shortened(linear) or 'none'}."
-    for target, names in (found or {"an empty target_modules": []}).items():
-        if not names:
+    for target, matched in (found or {"": []}).items():
+        if not matched:
             raise ValueError(f"{target!r} matches no module. {there_are}")
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     chosen = set().union(*found.values())
-    for name in chosen:
+    names = [name for name in modules if name in chosen]
+    for name in names:
         if not _takes_lora(modules[name]):
             raise ValueError(f"{name!r} is {_kind(modules[name])}. LoRA needs nn.Linear. {there_are}")
         if places[id(modules[name])] > 1:
             raise ValueError(
                 f"{name!r} stands in {places[id(modules[name])]} places: LoRA would reach one of them"
             )
-    return [name for name in modules if name in chosen]
+    return names
 
 
 def as_target_modules(model: nn.Module, names: Sequence[str]) -> list[str] | str:
@@ -112,7 +113,7 @@ def write_adapter(
         **settings,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished:
         new_config, new_weights = Path(unfinished, CONFIG_FILE), Path(unfinished, WEIGHTS_FILE)
         new_config.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         named = {_KEY_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
