@@ -291,13 +291,12 @@ def _bar(paths: list[Path]):
 
     def follow():
         done = sum(path.exists() for path in paths)
-        with tqdm(total=len(paths), initial=done, unit="run") as bar:
+        with tqdm(total=len(paths), initial=done, unit="run", mininterval=0) as bar:
             last = False
             while not last:
                 last = over.wait(0.25)  # once more after the end
                 if finished := sum(path.exists() for path in paths) - bar.n:
                     bar.update(finished)
-                    bar.refresh()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
