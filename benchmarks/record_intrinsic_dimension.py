@@ -26,6 +26,7 @@ import functools
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,8 +73,15 @@ class Sweep:
     options: dict
 
 
-def mnist() -> Iterator[Sweep]:
+def all_of_mnist() -> MNIST:
     data = load_mnist()
+    if len(data.train_labels) != 60_000:
+        sys.exit("this part needs the 60,000 images: set WORKSHOP_DATA to a folder that has them, or go online")
+    return data
+
+
+def mnist() -> Iterator[Sweep]:
+    data = all_of_mnist()
     yield Sweep("MLP 784-200-200-10", MLP, data, DIMS, {"projection": "one_hot"})
     yield Sweep("MLP 784-200-200-10", MLP, data, DIMS, {"projection": "sparse", "seeds": SEEDS[:1]})
 
@@ -84,18 +92,18 @@ def shipped() -> Iterator[Sweep]:
 
 
 def lenet() -> Iterator[Sweep]:
-    yield Sweep("LeNet", LeNet, load_mnist(), LENET_DIMS, {"seeds": SEEDS[:1]})
+    yield Sweep("LeNet", LeNet, all_of_mnist(), LENET_DIMS, {"seeds": SEEDS[:1]})
 
 
 def width_depth() -> Iterator[Sweep]:
-    data = load_mnist()
+    data = all_of_mnist()
     for width, depth in NETWORKS:
         make = functools.partial(make_mlp, width, depth)
         yield Sweep(f"FC {depth}x{width}", make, data, NETWORK_DIMS, {"seeds": SEEDS[:1]})
 
 
 def shuffled() -> Iterator[Sweep]:
-    data = load_mnist()
+    data = all_of_mnist()
     make = functools.partial(make_mlp, 400, 5)
     for images, (dims, epochs) in SHUFFLED.items():
         options = {"epochs": epochs, "learning_rate": SHUFFLED_LEARNING_RATE, "score_on": "train"}
