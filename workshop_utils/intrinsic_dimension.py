@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from workshop_utils.data import MNIST
+from workshop_utils.projections import make_projection
 from workshop_utils.ring import ring_all_reduce_
 from workshop_utils.subspace import RandomSubspace
 from workshop_utils.training import draw_batches, evaluate, train_step
@@ -127,6 +128,7 @@ def measure_intrinsic_dimension(
     """
     if score_on not in ("test", "train"):
         raise ValueError(f'score_on is "test" or "train", got {score_on!r}')
+    make_projection(projection, D=1, d=1, seed=0)  # complains about another kind
     if not seeds:
         raise ValueError("at least one seed is needed")
     D = sum(p.numel() for p in _seeded(make_model, seeds[0]).parameters() if p.requires_grad)
