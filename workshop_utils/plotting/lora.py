@@ -15,7 +15,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from workshop_utils.plotting import INK, MUTED, PAPER
 
 FULL, LAST = "#44546a", "#c79a1b"
-_LORA_RANKS = (1, 2, 4, 8, 16)
 
 
 def method_style(method: str | int) -> dict:
