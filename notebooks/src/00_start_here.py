@@ -284,11 +284,11 @@ progress()
 # | [02](02_all_reduce.ipynb) | How do processes that share nothing agree on a sum, and what does it cost? | 50 |
 # | [03](03_distributed_data_parallel.ipynb) | What must be communicated so that N replicas equal one big batch? | 45 |
 # | [04](04_fully_sharded_data_parallel.ipynb) | How do N devices hold a model that fits on none of them, and what does that cost? | 50 |
+# | [05](05_lora.ipynb) | How few parameters can a new task be learned with? | 45 |
+# | [06](06_intrinsic_dimension.ipynb) | How many directions does a task really need, and is LoRA one way to pick them? | 50 |
 #
 # In preparation, in this order:
 #
-# - How few parameters can a new task be learned with?
-# - How many directions does a task really need, and is LoRA one way to pick them?
 # - How few bits can the frozen part live in?
 # - What can I fine-tune on the small GPUs I have?
 
