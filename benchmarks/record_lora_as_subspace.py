@@ -118,7 +118,7 @@ def best_learning_rate(start, method, budget, data, steps) -> float:
     train = data.train_images[:cut], data.train_labels[:cut]
     held_out = data.train_images[cut:], data.train_labels[cut:]
     scores = {rate: 1.0 for rate in LEARNING_RATES[method]}
-    for rate in scores:
+    for rate in LEARNING_RATES[method]:
         for seed in TUNING_SEEDS:
             model = with_method(start_model(start, seed, data), method, budget, seed)
             curve, _ = train_scored(model, rate, train, held_out, steps, (steps,), seed)
