@@ -49,12 +49,9 @@ class LoRALinear(nn.Module):
             raise TypeError(f"base_layer must be an nn.Linear, got {type(base_layer).__name__}")
         weight = base_layer.weight
         self.base_layer = base_layer.requires_grad_(False)
-        self.lora_A = nn.Linear(
-            base_layer.in_features, r, bias=False, device=weight.device, dtype=weight.dtype
-        )
-        self.lora_B = nn.Linear(
-            r, base_layer.out_features, bias=False, device=weight.device, dtype=weight.dtype
-        )
+        like_base = {"bias": False, "device": weight.device, "dtype": weight.dtype}
+        self.lora_A = nn.Linear(base_layer.in_features, r, **like_base)
+        self.lora_B = nn.Linear(r, base_layer.out_features, **like_base)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as loralib and PEFT do
         nn.init.zeros_(self.lora_B.weight)
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
@@ -74,16 +71,16 @@ class LoRALinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """scaling * B A, [out, in]: what merging adds to W. In float32 at least."""
         at_least_float32 = torch.promote_types(self.lora_A.weight.dtype, torch.float32)
-        return (
-            self.lora_B.weight.to(at_least_float32) @ self.lora_A.weight.to(at_least_float32)
-        ) * self.scaling
+        B, A = (layer.weight.to(at_least_float32) for layer in (self.lora_B, self.lora_A))
+        return (B @ A) * self.scaling
 
     @torch.no_grad()
     def merge(self, keep_copy: bool = False) -> None:
         """Add scaling * B A to W in place: from now on the layer costs what the base alone costs.
 
         `keep_copy` keeps W as the buffer `weight_before_merge` (out * in elements), and unmerge is then bit-exact.
-        Without it W + D - D differs from W in the last bits, and the difference grows with the number of cycles.
+        Without it W + D - D differs from W in the last bits. Cycles with one and the same adapter add nothing to the
+        first one's difference; with adapters that take turns it grows from cycle to cycle.
         Raises RuntimeError where the layer is merged already.
         """
         if self.merged:
