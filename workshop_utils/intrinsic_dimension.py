@@ -184,18 +184,20 @@ class _Sweep:
             if not missing:
                 return table
             if ranks is None:
-                return table + self.do_share(missing)
+                return table + self._do_all(missing)
             return table + ranks.run(self.do_share, missing)[0]
 
     def do_share(self, missing: list[int]) -> Tensor:
-        """Do the runs of this rank, and add up what all ranks did [n_runs, 2]. Without ranks: all runs."""
-        rank, n = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        """On a rank: do every n-th of the missing runs, and add up what all ranks did [n_runs, 2]."""
+        table = self._do_all(missing[dist.get_rank() :: dist.get_world_size()])
+        ring_all_reduce_(table)
+        return table
+
+    def _do_all(self, indices: list[int]) -> Tensor:
         table = self._empty_table()
-        for i in missing[rank::n]:
+        for i in indices:
             table[i] = self._do(*self.runs[i])
             _write(self.paths[i], self.runs[i], self.settings, table[i])
-        if n > 1:
-            ring_all_reduce_(table)
         return table
 
     def _empty_table(self) -> Tensor:
@@ -220,7 +222,8 @@ def _train_and_score(
     score_on,
     images,
 ) -> float:
-    model = _seeded(make_model, seed).to(data.train_images.device)
+    device = data.train_images.device
+    model = _seeded(make_model, seed).to(device)
     if d is None:
         learning_rate = FULL_SPACE_LEARNING_RATE
     else:
@@ -230,6 +233,7 @@ def _train_and_score(
     )
     model.train()
     for batch in draw_batches(images, batch_size, epochs * (images // min(batch_size, images)), seed):
+        batch = batch.to(device)
         train_step(model, optimizer, data.train_images.index_select(0, batch), data.train_labels[batch])
     if score_on == "train":
         return evaluate(model, data.train_images, data.train_labels)
@@ -250,13 +254,13 @@ def _file_names(make_model, data: MNIST, settings: dict, runs, seeds) -> list[st
     of_data = hashlib.sha256()
     for tensor in (data.train_labels, data.test_labels, data.train_images[::97], data.test_images[::97]):
         of_data.update(str(tuple(tensor.shape)).encode())
-        of_data.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        of_data.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     of_model = {}
     for seed in seeds:
         model = _seeded(make_model, seed)
         of_model[seed] = hashlib.sha256(str(model).encode())
         for tensor in model.parameters():
-            of_model[seed].update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            of_model[seed].update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     names = []
     for d, seed in runs:
         about = {

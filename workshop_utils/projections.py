@@ -188,7 +188,7 @@ class Fastfood(Projection):
     kind = "fastfood"
 
     def _draw(self, generator):
-        self.m = 2 ** math.ceil(math.log2(self.d))
+        self.m = 1 << (self.d - 1).bit_length()
         self.K = -(-self.D // self.m)
         shape = (self.K, self.m)
         signs = torch.randint(2, shape, generator=generator) * 2.0 - 1.0
