@@ -118,3 +118,11 @@ def test_drift_keeps_a_line_at_zero_visible():
 
 def test_nothing_drifts():
     assert overlapping_texts(lora.plot_drift("Drift", {"kept": [0.0] * 5})) == []
+
+
+def test_directions_are_turned_alike():
+    pattern = [(-1) ** k * k / 784 for k in range(784)]
+    figure = lora.plot_directions("Directions", {"r = 2": [-value for value in pattern], "r = 8": pattern})
+    assert overlapping_texts(figure) == []
+    first, second = (ax.images[0].get_array() for ax in figure.axes)
+    assert first.shape == (28, 28) and (first == second).all()

@@ -8,15 +8,21 @@ Shape letters: B rows in the batch; W is [out, in], A is [r, in], B is [out, r].
 
 import copy
 import json
-import tempfile
-import warnings
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from workshop_utils.checks import Wrong, exercise, expect_at_most, expect_close, tensors_for_ranks
+from workshop_utils.checks.adapters import (
+    Marked,
+    bill_cases,
+    insertion_cases,
+    measured_bill,
+    output_with_peft,
+    set_factors_,
+    whole_numbers_linear,
+)
 from workshop_utils.lora import LoRALinear, apply_lora
 from workshop_utils.models import MLP
 
@@ -25,7 +31,7 @@ from workshop_utils.models import MLP
 def check_lora_linear(answer):
     """`answer(base_layer, r, lora_alpha)` is a module: the frozen layer plus lora_alpha / r times B A x."""
     for n_in, n_out, r, alpha, bias in ((6, 5, 2, 8, True), (5, 7, 3, 6, False), (8, 3, 1, 4, True)):
-        base = _whole_numbers_linear(n_in, n_out, bias)
+        base = whole_numbers_linear(n_in, n_out, bias)
         layer = answer(base, r, alpha)
         case = f"in {n_in}, out {n_out}, r {r}, lora_alpha {alpha}"
         if not isinstance(layer, nn.Module):
@@ -41,7 +47,7 @@ def check_lora_linear(answer):
 @exercise("5.2")
 def check_insert_lora(answer):
     """`answer(model, target_modules, wrap)` replaces the matching nn.Linear by wrap(layer) and freezes the rest."""
-    for case, model, targets, wanted in _insertion_cases():
+    for case, model, targets, wanted in insertion_cases():
         layers = dict(model.named_modules())
         called = []
 
@@ -50,9 +56,16 @@ def check_insert_lora(answer):
             if name is None:
                 raise Wrong("wrap was given a layer that is part of a wrapped one. Go through a list")
             called.append(name)
-            return _Marked(layer)
+            return Marked(layer)
 
-        returned = answer(model, list(targets), wrap)
+        try:
+            returned = answer(model, list(targets), wrap)
+        except ValueError as error:
+            if called:
+                raise
+            raise Wrong(
+                f"{case}: a ValueError, expected {wanted} to match. It says: {error!s:.60} ..."
+            ) from None
         for name in called:
             if name not in wanted:
                 raise Wrong(f"{case}: {name} was wrapped, expected only {', '.join(wanted)}")
@@ -65,7 +78,8 @@ def check_insert_lora(answer):
             if ours and not parameter.requires_grad:
                 raise Wrong(f"{case}: {name} is frozen too. Freeze first, then insert")
         if not isinstance(returned, (list, tuple)) or list(returned) != wanted:
-            raise Wrong(f"{case}: you returned {returned!r:.100}, expected the names {wanted}")
+            shown = returned if returned is None or isinstance(returned, (list, tuple)) else type(returned)
+            raise Wrong(f"{case}: you returned {shown!r:.100}, expected the names {wanted}")
     _expect_error_without_match(answer)
     return "whole names and their ends match, the rest is frozen, and a name that matches nothing is an error"
 
@@ -73,11 +87,11 @@ def check_insert_lora(answer):
 @exercise("5.3")
 def check_training_bill(answer):
     """`answer(model)` is {"trainable": count, "gradients": bytes, "adam": bytes}, before any step."""
-    for case, model in _bill_cases():
+    for case, model in bill_cases():
         got = answer(copy.deepcopy(model))
         if not isinstance(got, dict) or set(got) != {"trainable", "gradients", "adam"}:
             raise Wrong(f"you returned {got!r:.80}, expected a dict with the keys trainable, gradients, adam")
-        wanted = _measured_bill(model)
+        wanted = measured_bill(model)
         everything = list(model.parameters())
         twice = [p for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
         known = {
@@ -105,8 +119,8 @@ def check_training_bill(answer):
 def check_set_merged(answer):
     """`answer(layer, merged)` brings a LoRALinear into that state, in place; twice is as good as once."""
     for n_in, n_out, r, alpha in ((6, 5, 2, 8), (4, 4, 3, 6), (3, 7, 1, 4)):
-        layer = LoRALinear(_whole_numbers_linear(n_in, n_out, True), r, alpha)
-        _set_factors_(layer.lora_A.weight, layer.lora_B.weight)
+        layer = LoRALinear(whole_numbers_linear(n_in, n_out, True), r, alpha)
+        set_factors_(layer.lora_A.weight, layer.lora_B.weight)
         parameter, weight = layer.base_layer.weight, layer.base_layer.weight.detach().clone()
         x = tensors_for_ranks(1, (4, n_in), seed=8)[0]
         with torch.no_grad():
@@ -137,14 +151,14 @@ def check_peft_files(answer):
     model = apply_lora(copy.deepcopy(base), ["0", "2.0"], r=2, lora_alpha=6)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     for seed, layer in enumerate(layers.values()):
-        _set_factors_(layer.lora_A.weight, layer.lora_B.weight, seed, scale=1 / 8)
+        set_factors_(layer.lora_A.weight, layer.lora_B.weight, seed, scale=1 / 8)
     got = answer(dict(layers), 2, 6, "my-base")
     if not isinstance(got, tuple) or len(got) != 2 or not all(isinstance(part, dict) for part in got):
         raise Wrong(f"you returned {type(got).__name__}, expected two dicts: config, tensors")
     _expect_tensors(got[1], layers)
     _expect_config(got[0], list(layers))
     expected = model(torch.ones(2, 6)).detach()
-    got_y, atol = _output_with_peft(base, *got), 1e-6 * expected.abs().max().item()
+    got_y, atol = output_with_peft(base, *got), 1e-6 * expected.abs().max().item()
     expect_close(got_y, expected, name="the output with PEFT", rtol=0, atol=atol)
     return "PEFT itself read config and tensors, and its model gives your outputs to 1e-6"
 
@@ -191,7 +205,7 @@ def _expect_start(case, layer, base, A, B, r):
 
 
 def _expect_product(case, layer, base, A, B, r, alpha):
-    _set_factors_(A, B)
+    set_factors_(A, B)
     for shape in ((1, base.in_features), (2, 3, base.in_features)):
         x = tensors_for_ranks(1, shape, seed=3)[0]
         update = (x @ A.detach().T) @ B.detach().T
@@ -204,7 +218,8 @@ def _expect_product(case, layer, base, A, B, r, alpha):
         expect_close(y, plain + alpha / r * update, name=f"{case}: y for x {list(shape)}")
         rows, width = x.numel() // base.in_features, base.in_features + base.out_features
         budget = 2 * rows * (base.in_features * base.out_features + r * width)
-        expect_at_most(counter.get_total_flops(), budget, name=f"{case}: the forward", unit="FLOPs")
+        name = f"{case}: the forward of x {list(shape)} (is B A formed?)"
+        expect_at_most(counter.get_total_flops(), budget, name=name, unit="FLOPs")
     if not y.requires_grad:
         raise Wrong(f"{case}: the output has no graph: nothing would be trained")
     y.square().sum().backward()
@@ -235,55 +250,19 @@ def _explain_scale(case, got, update, plain, bias, r, alpha):
 # Exercise 5.2
 
 
-class _Marked(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.base_layer = layer
-        self.lora_A, self.lora_B = (
-            nn.Linear(layer.in_features, 1, bias=False),
-            nn.Linear(1, layer.out_features, bias=False),
-        )
-
-    def forward(self, x):
-        return self.base_layer(x)
-
-
-class _Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.q_proj, self.v_proj = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x + self.v_proj(self.q_proj(self.norm(x)))
-
-
-def _insertion_cases():
-    """(case, model, targets, names expected in order)."""
-    yield "an MLP, ['fc1', 'fc3']", MLP(hidden=4), ["fc1", "fc3"], ["fc1", "fc3"]
-    yield "12 blocks, ['q_proj']", _twelve_blocks(), ["q_proj"], [f"{i}.q_proj" for i in range(12)]
-    case = "12 blocks, ['1.v_proj', '3.q_proj']"
-    yield case, _twelve_blocks(), ["1.v_proj", "3.q_proj"], ["1.v_proj", "3.q_proj"]
-    nested = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
-    yield "a Sequential in a Sequential, ['2.1']", nested, ["2.1"], ["2.1"]
-
-
-def _twelve_blocks():
-    return nn.Sequential(*[_Block() for _ in range(12)])
-
-
 def _expect_inserted(case, model, name, layer, times):
     if times != 1:
         raise Wrong(f"{case}: wrap was called {times} times for {name}, expected once")
     found = model.get_submodule(name)
     if found is layer:
         raise Wrong(f"{case}: {name} is still the old nn.Linear: set the new one in its parent module")
-    if not isinstance(found, _Marked) or found.base_layer is not layer:
+    if not isinstance(found, Marked) or found.base_layer is not layer:
         raise Wrong(f"{case}: {name} is {type(found).__name__}, expected wrap(the layer that was there)")
 
 
 def _expect_error_without_match(answer):
     try:
-        answer(MLP(hidden=4), ["fc4"], _Marked)
+        answer(MLP(hidden=4), ["fc4"], Marked)
     except ValueError as error:
         if "fc1" not in str(error):
             raise Wrong(
@@ -294,44 +273,6 @@ def _expect_error_without_match(answer):
 
 
 # Exercise 5.3
-
-
-class _Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(784, 784, bias=False), nn.Linear(784, 784)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
-def _bill_cases():
-    yield "the MLP, all of it", MLP()
-    last = MLP().requires_grad_(False)
-    last.fc3.requires_grad_(True)
-    yield "the MLP, fc3 alone", last
-    yield "LoRA on the MLP, r = 1", apply_lora(MLP(), "all-linear", r=1, lora_alpha=1)
-    yield "LoRA in float64", apply_lora(MLP().double(), ["fc1"], r=4, lora_alpha=4)
-    yield "two layers that share a weight", _Tied()
-    yield "everything frozen", MLP().requires_grad_(False)
-
-
-def _measured_bill(model):
-    """What a real step of Adam on a copy of the model holds; step counters left out."""
-    model = copy.deepcopy(model)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        return {"trainable": 0, "gradients": 0, "adam": 0}
-    optimizer = torch.optim.Adam(trainable)
-    model(torch.rand(2, 784, dtype=trainable[0].dtype)).square().sum().backward()
-    optimizer.step()
-    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
-    return {
-        "trainable": sum(p.grad.numel() for p in trainable),
-        "gradients": sum(p.grad.nbytes for p in trainable),
-        "adam": sum(t.nbytes for t in moments),
-    }
 
 
 # Exercise 5.4
@@ -411,38 +352,7 @@ def _expect_config(config, names):
         raise Wrong(f"config cannot be written as JSON: {error}") from None
 
 
-def _output_with_peft(base, config, tensors):
-    """What PEFT computes for ones, from files that it reads."""
-    from peft import PeftModel
-    from safetensors.torch import save_file
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Path(folder, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(
-            {key: t.detach().contiguous() for key, t in tensors.items()},
-            Path(folder, "adapter_model.safetensors"),
-        )
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-        return loaded(torch.ones(2, 6)).detach()
-
-
 # What several checks need
-
-
-def _whole_numbers_linear(n_in, n_out, bias):
-    layer = nn.Linear(n_in, n_out, bias=bias)
-    with torch.no_grad():
-        layer.weight.copy_(tensors_for_ranks(1, (n_out, n_in), seed=1)[0])
-        if bias:
-            layer.bias.copy_(tensors_for_ranks(1, (n_out,), seed=2)[0])
-    return layer
-
-
-@torch.no_grad()
-def _set_factors_(A, B, seed=0, scale=1.0):
-    A.copy_(scale * tensors_for_ranks(1, A.shape, seed=4 + seed)[0])
-    B.copy_(scale * tensors_for_ranks(1, B.shape, seed=6 + seed)[0])
 
 
 def _is_near(got, wanted):

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from workshop_utils.plotting import INK, MUTED, PAPER
 
@@ -72,6 +72,7 @@ def plot_accuracy(title: str, tasks: Mapping[str, Mapping], before: Mapping[str,
             style = method_style(method) | {"markersize": 8, "capsize": 3, "linestyle": "none"}
             ax.errorbar([count], [mean], yerr=bars, markeredgecolor="white", **style)
         ax.set(xscale="log", xlabel="trainable parameters", title=f"{task} (base: {before[task]:.0%})")
+        _plain_decades(ax.xaxis)
         ax.grid(True, axis="y")
         ax.margins(x=0.12, y=0.1)
     axes[0][0].set_ylabel("test accuracy, %")
@@ -109,6 +110,7 @@ def plot_singular_values(title: str, values: Mapping, shown: int = 40) -> Figure
     ax.xaxis.set_major_locator(FixedLocator([1, 2, 4, 8, 16, 32]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    _plain_decades(ax.yaxis)
     ax.grid(True)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
@@ -169,6 +171,12 @@ def plot_drift(title: str, drifts: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def _plain_decades(axis) -> None:
+    """Powers of ten of a logarithmic axis as 0.1, 1, 1,000."""
+    axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _numbers(ax, table, low, high, label) -> None:
     """A cell per value, darker where larger, with the value in a colour that can be read on it."""
     ax.imshow(table, cmap="viridis_r", vmin=low, vmax=high, aspect="auto")
@@ -180,3 +188,19 @@ def _numbers(ax, table, low, high, label) -> None:
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+
+def plot_directions(title: str, directions: Mapping[str, Sequence[float]]) -> Figure:
+    """Directions in the space of images [784] as pictures, white at 0. A sign is free: all are turned like the last."""
+    figure, axes = plt.subplots(1, len(directions), figsize=(7.2, 2.5), squeeze=False)
+    last = np.asarray(list(directions.values())[-1])
+    for ax, (label, direction) in zip(axes[0], directions.items()):
+        pixels = np.asarray(direction) * np.sign(np.dot(direction, last))
+        largest = np.abs(pixels).max()
+        ax.imshow(pixels.reshape(28, 28), cmap="PuOr", vmin=-largest, vmax=largest)
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(label, loc="center", fontweight="normal", fontsize=10)
+        for spine in ax.spines.values():
+            spine.set_visible(True)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure

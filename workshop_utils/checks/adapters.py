@@ -1,0 +1,122 @@
+"""What the checks of notebook 05 are tried on: models, layers of whole numbers, a real step of Adam, PEFT itself.
+
+Shape letters: W is [out, in], A is [r, in], B is [out, r].
+"""
+
+import copy
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from workshop_utils.checks import tensors_for_ranks
+from workshop_utils.lora import apply_lora
+from workshop_utils.models import MLP
+
+
+def whole_numbers_linear(n_in, n_out, bias):
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    with torch.no_grad():
+        layer.weight.copy_(tensors_for_ranks(1, (n_out, n_in), seed=1)[0])
+        if bias:
+            layer.bias.copy_(tensors_for_ranks(1, (n_out,), seed=2)[0])
+    return layer
+
+
+@torch.no_grad()
+def set_factors_(A, B, seed=0, scale=1.0):
+    A.copy_(scale * tensors_for_ranks(1, A.shape, seed=4 + seed)[0])
+    B.copy_(scale * tensors_for_ranks(1, B.shape, seed=6 + seed)[0])
+
+
+class Marked(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A, self.lora_B = (
+            nn.Linear(layer.in_features, 1, bias=False),
+            nn.Linear(1, layer.out_features, bias=False),
+        )
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.q_proj, self.v_proj = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.v_proj(self.q_proj(self.norm(x)))
+
+
+def insertion_cases():
+    """(case, model, targets, names expected in order)."""
+    yield "an MLP, ['fc1', 'fc3']", MLP(hidden=4), ["fc1", "fc3"], ["fc1", "fc3"]
+    yield "12 blocks, ['q_proj']", _twelve_blocks(), ["q_proj"], [f"{i}.q_proj" for i in range(12)]
+    case = "12 blocks, ['1.v_proj', '3.q_proj']"
+    yield case, _twelve_blocks(), ["1.v_proj", "3.q_proj"], ["1.v_proj", "3.q_proj"]
+    nested = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    yield "a Sequential in a Sequential, ['2.1']", nested, ["2.1"], ["2.1"]
+
+
+def _twelve_blocks():
+    return nn.Sequential(*[_Block() for _ in range(12)])
+
+
+class _Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(784, 784, bias=False), nn.Linear(784, 784)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def bill_cases():
+    yield "the MLP, all of it", MLP()
+    last = MLP().requires_grad_(False)
+    last.fc3.requires_grad_(True)
+    yield "the MLP, fc3 alone", last
+    yield "LoRA on the MLP, r = 1", apply_lora(MLP(), "all-linear", r=1, lora_alpha=1)
+    yield "LoRA in float64", apply_lora(MLP().double(), ["fc1"], r=4, lora_alpha=4)
+    yield "two layers that share a weight", _Tied()
+    yield "everything frozen", MLP().requires_grad_(False)
+
+
+def measured_bill(model):
+    """What a real step of Adam on a copy of the model holds; step counters left out."""
+    model = copy.deepcopy(model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        return {"trainable": 0, "gradients": 0, "adam": 0}
+    optimizer = torch.optim.Adam(trainable)
+    model(torch.rand(2, 784, dtype=trainable[0].dtype)).square().sum().backward()
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
+    return {
+        "trainable": sum(p.grad.numel() for p in trainable),
+        "gradients": sum(p.grad.nbytes for p in trainable),
+        "adam": sum(t.nbytes for t in moments),
+    }
+
+
+def output_with_peft(base, config, tensors):
+    """What PEFT computes for ones, from files that it reads."""
+    from peft import PeftModel
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Path(folder, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(
+            {key: t.detach().contiguous() for key, t in tensors.items()},
+            Path(folder, "adapter_model.safetensors"),
+        )
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        return loaded(torch.ones(2, 6)).detach()
