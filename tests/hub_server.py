@@ -44,6 +44,7 @@ class HubServer:
         self.gone = False
         self.silent = False  # take requests and do not answer them
         self.login_page = False  # answer everything with a web page, as the Wi-Fi of a hotel does
+        self.repeats_token = False  # a server that is careless with its error messages
         self._end = threading.Event()
         self._lock = threading.Lock()
 
@@ -73,7 +74,8 @@ class HubServer:
         return {**kept, **own, **({"HF_TOKEN": token} if token else {})}
 
     def came_back(self) -> None:
-        self.gone, self.gone_at, self.silent, self.login_page = False, None, False, False
+        self.gone_at = None
+        self.gone = self.silent = self.login_page = self.repeats_token = False
 
 
 class _Answer(Exception):
@@ -166,6 +168,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create(self) -> _Answer:
         self._needs_user()
+        if self.hub.repeats_token:
+            raise _Answer(400, {"error": f"no: {self.headers['Authorization']}"})
         wanted = json.loads(self.data)
         owner = wanted.get("organization") or USER
         repo_id = f"{owner}/{wanted['name']}"

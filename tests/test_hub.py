@@ -231,6 +231,14 @@ def test_a_wrong_token_is_refused_and_never_shown(client, server, tmp_path, toke
     assert server.repos == {}
 
 
+def test_a_server_that_repeats_the_token(client, server, tmp_path):
+    adapter(tmp_path)
+    server.repeats_token = True
+    seen = client(hub.push_adapter, tmp_path, REPO)
+    refused(seen, ValueError, "refuses the upload (400): ", server.token)
+    assert "no: Bearer (token)" in str(seen.error)
+
+
 def test_without_a_token(client, server, tmp_path):
     adapter(tmp_path)
     seen = client(hub.push_adapter, tmp_path, REPO, token=None)

@@ -48,12 +48,12 @@ class Net(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(2))
         self.fc = nn.Linear(6, 5)
-        self.tail = nn.Sequential(nn.ReLU(), nn.Linear(5, 4))
+        self.fc_tail = nn.Sequential(nn.ReLU(), nn.Linear(5, 4))
 
     def forward(self, x):
         for layer in self.layers:
             x = x + layer(x)
-        return self.tail(self.fc(x))
+        return self.fc_tail(self.fc(x))
 
 
 def pair(target_modules, dtype=torch.float64, **settings):
@@ -120,7 +120,7 @@ def test_a_model_in_eval_mode_stays_in_it():
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_outputs_gradients_and_merged_weights_are_peft_s(use_rslora):
-    ours, theirs = pair(["fc", "tail.1"], r=3, lora_alpha=5, use_rslora=use_rslora)
+    ours, theirs = pair(["fc", "fc_tail.1"], r=3, lora_alpha=5, use_rslora=use_rslora)
     x = torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-12, rtol=0)
     ours(x).square().sum().backward()
@@ -164,7 +164,7 @@ def test_training_gives_peft_s_losses(optimizer_class, lora_dropout):
     [
         ["fc"],
         ["layers.1.fc"],
-        ["tail.1", "up_fc"],
+        ["fc_tail.1", "up_fc"],
         ["layers.0.up_fc", "fc"],
         r"layers\.\d\.(up_)?fc",
         "fc",
@@ -199,13 +199,16 @@ def test_multiply_adds_of_a_step():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: apply_lora(Net(), ["fc", "fc9"], 2, 8), r"'fc9' matches no module.*layers\.0\.fc,.*tail\.1"),
+        (
+            lambda: apply_lora(Net(), ["fc", "fc9"], 2, 8),
+            r"'fc9' matches no module.*layers\.0\.fc,.*fc_tail\.1",
+        ),
         (lambda: apply_lora(Net(), ["norm"], 2, 8), r"'layers\..\.norm' is a LayerNorm.*layers\.0\.fc"),
         (lambda: apply_lora(Net(), [], 2, 8), r"matches no module"),
         (lambda: apply_lora(nn.ReLU(), "all-linear", 2, 8), r"'all-linear' matches no module.*ReLU: none"),
         (lambda: apply_lora(Net(), "(fc", 2, 8), r"'\(fc' is no regular expression"),
         (
-            lambda: apply_lora(apply_lora(Net(), ["fc"], 2, 8), ["tail.1"], 2, 8),
+            lambda: apply_lora(apply_lora(Net(), ["fc"], 2, 8), ["fc_tail.1"], 2, 8),
             r"holds LoRA layers already: .*fc",
         ),
         (lambda: apply_lora(Net(), ["fc"], 0, 8), r"r must be .* got 0"),
@@ -352,7 +355,7 @@ def test_adapters_are_switched_on_one_base():
 
 
 def test_an_adapter_state_stays_what_it_was():
-    model = random_adapter(apply_lora(Net(), ["tail.1"], 2, 4))
+    model = random_adapter(apply_lora(Net(), ["fc_tail.1"], 2, 4))
     state = adapter_state_dict(model)
     kept = {name: tensor.clone() for name, tensor in state.items()}
     random_adapter(model)
@@ -374,7 +377,7 @@ def test_an_adapter_state_stays_what_it_was():
     ],
 )
 def test_another_model_s_adapter_is_refused_by_name(damage, message):
-    model = random_adapter(apply_lora(Net(), ["layers.0.fc", "tail.1", "fc"], 2, 4))
+    model = random_adapter(apply_lora(Net(), ["layers.0.fc", "fc_tail.1", "fc"], 2, 4))
     before = adapter_state_dict(model)
     state = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
     damage(state)

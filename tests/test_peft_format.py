@@ -145,6 +145,16 @@ def test_our_settings_are_the_ones_peft_reads(tmp_path):
     assert config.base_model_name_or_path == "someone/mlp"
 
 
+def test_settings_that_are_not_there_have_peft_s_defaults(tmp_path):
+    base, inputs = mlp()
+    config = peft.LoraConfig(target_modules=["fc2"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text('{"peft_type": "LORA", "target_modules": ["fc2"]}')
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    ours = load_peft_adapter(base, tmp_path)
+    torch.testing.assert_close(output(ours, inputs), output(theirs, inputs), atol=1e-6, rtol=1e-6)
+
+
 def test_only_the_modules_that_were_changed_are_matched_again(tmp_path):
     """'fc' is also the end of 'inner.fc': a list would match both."""
 
