@@ -5,8 +5,6 @@ import statistics
 import time
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,6 +44,9 @@ def run() -> str:
 
 
 def layer_row(in_features: int, out_features: int, rows: int) -> str:
+    from peft import LoraConfig  # takes seconds to import, and the other comparisons need none of it
+    from peft.tuners.lora import Linear as PeftLinear
+
     base = nn.Linear(in_features, out_features)
     config = LoraConfig(r=R, lora_alpha=LORA_ALPHA)
     ours = LoRALinear(copy.deepcopy(base), R, LORA_ALPHA)
@@ -56,6 +57,8 @@ def layer_row(in_features: int, out_features: int, rows: int) -> str:
 
 
 def model_row() -> str:
+    from peft import LoraConfig, get_peft_model
+
     base = MLP()
     ours = apply_lora(copy.deepcopy(base), "all-linear", R, LORA_ALPHA)
     theirs = get_peft_model(base, LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear"))
