@@ -341,7 +341,7 @@ from tqdm.auto import tqdm
 
 SEEDS = range(5)
 steps = {"8 or 9": 40 if quick else 240, "even or odd": 100 if quick else 600}
-rate = {"full": 3e-3, "last layer": 1e-1}  # LoRA: 1e-2
+rate = {"full": 3e-3, "last layer": 1e-1 if quick else 3e-2}  # LoRA: 1e-2
 runs = {name: {method: [] for method in METHODS} for name in tasks}
 models = {}  # of even or odd, for what follows
 jobs = [(name, method, seed) for name in tasks for seed in SEEDS for method in METHODS]
@@ -416,7 +416,9 @@ figure = figures.plot_accuracy(
 )
 
 # %% [markdown]
-# READ_RECORDED
+# Now the bars are short, and r counts again, with ever smaller returns: on "even or odd?" r = 16 comes within 0.2 points of
+# full fine-tuning. On "8 or 9?" full fine-tuning makes 0.6% mistakes and r = 1 makes 1.3%, twice as many, which 200 test
+# images could not show. So LoRA loses a little on both tasks, and saves 87 to 99% of the bytes of training.
 #
 # ## What does it cost to compute?
 #
@@ -526,8 +528,8 @@ compare_guess("share of the strongest 8 directions", full_share)
 
 # %% [markdown]
 # Full fine-tuning spreads out: its update has hundreds of directions, though a few carry most. LoRA with r = 8 or 16
-# uses one or two, and goes further along them. That is why a larger r bought nothing. ([Biderman et al.
-# 2024](https://arxiv.org/abs/2405.09673) report full updates of 10 to 100 times LoRA's usual rank for language models.)
+# uses one or two, and goes further along them: in 100 steps a larger r buys little. (For language models, updates of 10 to
+# 100 times LoRA's usual rank are reported, by Biderman et al.)
 #
 # Do two adapters find the *same* directions? The paper's measure (section 7.2): take the strongest i right singular
 # vectors of one A and the strongest j of another, and ask how much of the smaller span lies in the larger:
@@ -677,11 +679,16 @@ plt.show()
 for m in METHODS:
     print(f"{m!s:10} old digits {statistics.mean(old[m]):.1%}, from {min(old[m]):.1%} to {max(old[m]):.1%}")
 compare_guess("old digits after full fine-tuning", 100 * statistics.mean(old["full"]), "%")
+by_method = recorded["runs"]["even or odd"]
+print(f"recorded, {recorded['settings']['all']['images']:,} images: base {recorded['base_old']:.1%}", end="")
+for m in ("full", "1", "16", "last layer"):
+    print(f", {m}: {statistics.mean(by_method[m]['old']):.1%}", end="")
 
 # %% [markdown]
 # The last layer forgets nothing: scores 0 to 7 got no gradient, and what feeds them has not moved. Full fine-tuning
-# forgets most. LoRA lies between, with a wide spread from seed to seed; r = 1 is hardly better than full. ("Learns less and
-# forgets less", say Biderman et al.) But only an adapter can be taken out again, and then nothing at all is forgotten.
+# forgets most. LoRA lies between; on few images the seeds differ widely, on all of MNIST it forgets a quarter of what full
+# fine-tuning forgets. "LoRA learns less and forgets less" ([Biderman et al. 2024](https://arxiv.org/abs/2405.09673)). And
+# an adapter can be taken out again: then nothing at all is forgotten.
 #
 # ## Merge and unmerge
 #
@@ -1021,7 +1028,7 @@ print(
 #
 # - LoRA trains r (in + out) numbers per layer beside a frozen W. B = 0, so it starts at what the base does.
 # - Gradients and optimizer state shrink with the trained parameters; a third of the operations goes; activations stay.
-# - One new pair of digits needs r = 1 here. Parity of all digits needs more, and full fine-tuning stays ahead.
+# - r = 1 gets most of "8 or 9?", "even or odd?" needs more. Full fine-tuning stays ahead by a little, and forgets more.
 # - Merged, it costs nothing to run. Unmerged, many adapters share one base. Only a kept copy brings W back exactly.
 # - A folder with two files is all that PEFT and you need to agree on.
 #
