@@ -354,6 +354,10 @@ def test_adapters_are_switched_on_one_base():
     assert {name for name, p in model.named_parameters() if p.requires_grad} == adapters[0].keys()
 
 
+def test_the_adapter_of_a_lone_layer():
+    assert list(adapter_state_dict(LoRALinear(nn.Linear(2, 2), 1, 1))) == ["lora_A.weight", "lora_B.weight"]
+
+
 def test_an_adapter_state_stays_what_it_was():
     model = random_adapter(apply_lora(Net(), ["fc_tail.1"], 2, 4))
     state = adapter_state_dict(model)
@@ -413,6 +417,7 @@ def test_subspace_similarity_at_its_ends():
     eye = torch.eye(6)
     assert subspace_similarity(eye[:2], eye[:4], 2, 4) == pytest.approx(1)
     assert subspace_similarity(eye[:2], eye[2:5], 2, 3) == pytest.approx(0)
+    assert subspace_similarity(eye[:2].bfloat16(), eye[1:3].bfloat16(), 2, 2) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="i must be 1 to 2, got 3"):
         subspace_similarity(eye[:2], eye[:4], 3, 4)
 

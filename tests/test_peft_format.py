@@ -296,6 +296,12 @@ def test_layers_that_differ_are_not_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_lone_layer_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="one LoRA layer and nothing around it"):
+        save_peft_adapter(lora.LoRALinear(nn.Linear(2, 2), 1, 1), tmp_path, base_model_name_or_path=None)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_failing_disk_leaves_the_old_adapter_or_none(existing, tmp_path, monkeypatch):
     model, inputs = mlp()

@@ -212,9 +212,13 @@ def save_peft_adapter(model: nn.Module, folder: str | Path, *, base_model_name_o
 
     `base_model_name_or_path` tells people, and PEFT, which base it belongs to: a repository id, a path or None.
     The factors A and B are written, merged or not. An adapter that was in the folder is replaced, never mixed with.
-    Raises ValueError where the layers differ in r, lora_alpha, lora_dropout or use_rslora.
+    Raises ValueError where the model is a lone layer, or its layers differ in r, lora_alpha, lora_dropout or use_rslora.
     """
     layers = lora_layers(model)
+    if not layers[0][0]:
+        raise ValueError(
+            "the model is one LoRA layer and nothing around it: an adapter needs the layer's name in a model"
+        )
     settings = _settings(layers[0][1])
     for name, layer in layers:
         for setting, value in _settings(layer).items():
@@ -264,7 +268,8 @@ def subspace_similarity(first: Tensor, second: Tensor, i: int, j: int) -> float:
     for name, matrix, count in (("i", first, i), ("j", second, j)):
         if not 1 <= count <= min(matrix.shape):
             raise ValueError(f"{name} must be 1 to {min(matrix.shape)}, got {count}")
-        bases.append(torch.linalg.svd(matrix.detach(), full_matrices=False).Vh[:count])
+        at_least_float32 = torch.promote_types(matrix.dtype, torch.float32)
+        bases.append(torch.linalg.svd(matrix.detach().to(at_least_float32), full_matrices=False).Vh[:count])
     return float((bases[0] @ bases[1].T).square().sum() / min(i, j))
 
 
@@ -292,7 +297,7 @@ def _layers_to_change(model: nn.Module, merged: bool) -> list[tuple[str, LoRALin
 
 def _adapter_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
-        f"{name}.lora_{letter}.weight": getattr(layer, f"lora_{letter}").weight
+        f"{name}.lora_{letter}.weight".removeprefix("."): getattr(layer, f"lora_{letter}").weight
         for name, layer in lora_layers(model)
         for letter in "AB"
     }
