@@ -121,7 +121,7 @@ def measure_intrinsic_dimension(
     epochs, learning_rate, batch_size   Adam at a constant rate on theta_d; the short last batch is dropped
     score_on       "test", or "train" for how much can be memorised
     ranks          what start_ranks gave: they share the runs out. None: one after the other, in this process
-    folder         where finished runs are kept; a second call with the same settings repeats none of them
+    folder         where finished runs are kept: a call after an interruption, or with a finer grid, repeats none
     baseline       the accuracy of the whole network, if known; otherwise it is trained from each seed, Adam 1e-3
 
     Raises ValueError for an empty or wrong grid, before anything is trained.
