@@ -257,7 +257,7 @@ assert list(same.state_dict()) == list(model.state_dict())
 # %% [markdown]
 # `apply_lora` of the module does the same. Two state dicts exist now: the model's, with the base in it, and the
 # adapter's, which is all that a task needs to keep. Note the names: `fc1.weight` has become `fc1.base_layer.weight`, so
-# load the base *before* you insert.
+# load the base *before* you insert. And make the optimizer *after*: one that was made before does not know A and B.
 #
 # ## Counting
 #
@@ -451,13 +451,12 @@ def macs(layer, rows=8):
 
 
 N, full_macs = 1024, macs(nn.Linear(1024, 1024))
-assert full_macs == 3 * N * N
 for r in (1, 16, 256, 512):
     measured = macs(lora.LoRALinear(nn.Linear(N, N), r, lora_alpha=8))
     print(
         f"r = {r:3}: measured {measured:,}, 2N² + 6Nr = {2 * N * N + 6 * N * r:,}, of full {measured / full_macs:.3f}"
     )
-    assert measured == 2 * N * N + 6 * N * r
+    assert (full_macs, measured) == (3 * N * N, 2 * N * N + 6 * N * r)
     if r == 16:
         flop_ratio = measured / full_macs
 compare_guess("FLOPs, LoRA over full", flop_ratio)
@@ -587,8 +586,8 @@ figure = figures.plot_directions(
 )
 
 # %% [markdown]
-# Another r, another seed, no low rank at all: the same picture, strokes that odd digits have and even digits have not. The
-# task asks for it, not the method. Notebook 06 starts from there.
+# Another r, another seed, no low rank at all: nearly the same picture. It is no digit; it says where ink counts for or
+# against (which sign is which is free). The task asks for it, not the method. Notebook 06 starts from there.
 #
 # ## Two knobs that are one
 #
@@ -1002,6 +1001,13 @@ else:
     from_hub = peft.PeftModel.from_pretrained(copy.deepcopy(base), REPO_ID).eval()
     assert torch.allclose(from_hub(probe), trained(probe), atol=1e-5)
     print("loaded back from the Hub: the same outputs")
+
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Code 5.1 live and leave 5.2 and 5.4 to the room; in 5.4 the flag is what people forget, and
+# `W = W + update`, which changes nothing. Ask before the first figure what the last layer alone will reach: most guess too
+# high for "8 or 9?". Stop at the five pictures of one direction and let the room say what they have in common. The Hub
+# works live only with your own token, in your own terminal, not on the projector. If time is short, skip rsLoRA and
+# parametrizations.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 print(
