@@ -92,8 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self.hub: HubServer = self.server.hub
         self.path_only = unquote(urlsplit(self.path).path)
-        if self.hub.silent:
-            self.hub._end.wait()
+        while self.hub.silent and not self.hub._end.wait(0.05):
+            pass  # until the server has come back or ends: nobody who waits is left behind
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.hub._lock:
             self.hub.requests.append(f"{self.command} {self.path_only}")

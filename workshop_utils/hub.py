@@ -86,9 +86,8 @@ def push_adapter(folder: str | Path, repo_id: str, *, private: bool = True) -> s
     folder = Path(folder)
     read_adapter(folder)
     try:
-        _within(
-            WHO_TIMEOUT_S, _user_name
-        )  # a wrong token and a missing network show here, before anything is made
+        # a wrong token and a missing network show here, before anything is made
+        _within(WHO_TIMEOUT_S, _user_name)
         api = HfApi()
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
