@@ -74,16 +74,15 @@ for name, accuracy in before.items():
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.memory import measure_memory
 
-task, quick_steps = tasks["8 or 9"], 20
 rows = {}
 for name in ("full", "last layer"):
     model = copy.deepcopy(base)
     if name == "last layer":
         model.requires_grad_(False)
         model.fc3.requires_grad_(True)
-    seen = fine_tune(model, task, steps=quick_steps, learning_rate=1e-3)
+    seen = fine_tune(model, tasks["8 or 9"], steps=20, learning_rate=1e-3)
     rows[name] = measure_memory(model, seen.optimizer)
-    held = [name for name, p in model.named_parameters() if p in seen.optimizer.state]
+    held = [path for path, p in model.named_parameters() if p in seen.optimizer.state]
     print(
         f"{name:11} gradients {rows[name].gradients_bytes:>9,} bytes, Adam {rows[name].optimizer_bytes:>9,} bytes"
     )
@@ -94,7 +93,7 @@ for name in ("full", "last layer"):
 # model of 7 billion parameters in float32 that is 84 GB on top of 28 GB, and the result is another 28 GB file for each
 # task. The last layer alone is cheap. But is it enough?
 #
-# **Predict.** Even or odd, after 100 steps: full fine-tuning gets about 96.5% right. How many will training the last
+# **Predict.** Even or odd, after 100 steps: full fine-tuning gets about 96% right. How many will training the last
 # layer alone get right, in percent?
 
 # %%
@@ -188,6 +187,14 @@ torch.manual_seed(0)
 by_hand = mine("LoRALinear")(copy.deepcopy(base.fc2), 4, 8)
 assert torch.equal(by_hand(x), base.fc2(x)) and torch.equal(by_module(x), base.fc2(x))
 print("by hand and from the module, at the start: equal to the base in every bit")
+
+# %% tags=["nbval-check-output"]
+for layer in (by_hand, by_module):
+    torch.manual_seed(1)
+    for factor in (layer.lora_A, layer.lora_B):
+        nn.init.normal_(getattr(factor, "weight", factor))
+assert torch.allclose(by_hand(x), by_module(x), rtol=1e-5, atol=1e-4)
+print("with equal A and B: the same outputs")
 dropping = lora.LoRALinear(copy.deepcopy(base.fc2), r=4, lora_alpha=8, lora_dropout=0.5)
 nn.init.normal_(dropping.lora_B.weight)
 print("with dropout, two forwards are equal in training:", torch.equal(dropping(x), dropping(x)))
@@ -526,7 +533,7 @@ full_share = (values["full"][:8].square().sum() / values["full"].square().sum())
 compare_guess("share of the strongest 8 directions", full_share)
 
 # %% [markdown]
-# Full fine-tuning spreads out: its update has hundreds of directions, though a few carry most. LoRA with r = 8 or 16
+# Full fine-tuning spreads out: its update uses all 200 directions, though a few carry most. LoRA with r = 8 or 16
 # uses one or two, and goes further along them: in 100 steps a larger r buys little. (For language models, updates of 10 to
 # 100 times LoRA's usual rank are reported, by Biderman et al.)
 #
@@ -565,8 +572,8 @@ phi_1 = overlaps["r = 2 against r = 8"][0][0]
 
 # %% [markdown]
 # Both r find the same strongest direction: $\phi(1, 1)$ is near 1, and by chance it would be 1/784. The second is shared
-# less. The paper found the same in GPT-3, and concluded that the directions that count are few. What is that direction? A
-# direction in the space of images is an image:
+# less. The paper found the same in GPT-3, and sees in it the reason why r = 1 does well there. What is that direction? In
+# the space of images, a direction is an image:
 
 
 # %% tags=["nbval-ignore-output"]
@@ -616,8 +623,8 @@ figure = figures.plot_grid(
 
 # %% [markdown]
 # Go one row up and one column to the left: nearly the same number. Four times the alpha is twice the rate, because with
-# Adam both A and B move in proportion to the rate, and their product with its square. Two knobs, one direction: fix
-# alpha, tune the rate. But alpha is also the scale of the merge and of the file, so keep it with the adapter.
+# Adam both A and B move in proportion to the rate (A soon outgrows its random start), and their product with its square.
+# So fix alpha and tune the rate. But keep alpha with the adapter: without it nobody can scale $BA$.
 #
 # Why divide by r at all? So that the rate need not be tuned anew for each r. *rsLoRA* ([Kalajdzievski
 # 2023](https://arxiv.org/abs/2312.03732)) says that $\sqrt r$ is the right divisor. Measure: how far do the scores
@@ -679,9 +686,8 @@ for m in METHODS:
     print(f"{m!s:10} old digits {statistics.mean(old[m]):.1%}, from {min(old[m]):.1%} to {max(old[m]):.1%}")
 compare_guess("old digits after full fine-tuning", 100 * statistics.mean(old["full"]), "%")
 by_method = recorded["runs"]["even or odd"]
-print(f"recorded, {recorded['settings']['all']['images']:,} images: base {recorded['base_old']:.1%}", end="")
-for m in ("full", "1", "16", "last layer"):
-    print(f", {m}: {statistics.mean(by_method[m]['old']):.1%}", end="")
+kept = [f"{m}: {statistics.mean(by_method[m]['old']):.1%}" for m in ("full", "1", "16", "last layer")]
+print(f"recorded, all of MNIST: base: {recorded['base_old']:.1%}, {', '.join(kept)}")
 
 # %% [markdown]
 # The last layer forgets nothing: scores 0 to 7 got no gradient, and what feeds them has not moved. Full fine-tuning
@@ -787,7 +793,7 @@ print(f"the kept copy takes {copy_bytes:,} bytes, as much as the weights it prot
 
 # %% [markdown]
 # One adapter: the error of the first cycle stays, and the next ones repeat it. Two adapters in turn: each cycle adds as
-# much again, in a straight line. In float32 that is harmless for a long time, in bfloat16, with its 8 digits, it is not.
+# much again, in a straight line. In float32 that is harmless for a long time, in bfloat16, with its 8 binary digits, it is not.
 # From a kept copy W comes back bit for bit, at the price of a second W.
 #
 # ## Many adapters, one base
@@ -975,7 +981,7 @@ assert peft_apart < 1e-4
 #
 # The Hugging Face Hub keeps models in git repositories. What you push is the folder, with a *model card*: what the
 # adapter is for, its base, and what you measured. Without a base that others can get, an adapter is worthless, so the
-# card names it.
+# card names it. (Of a PEFT model, `save_pretrained(folder)` and `push_to_hub(repo_id)` do the same, with an empty card.)
 #
 # This cell talks to the network only if you set `REPO_ID` at the top and have logged in: run `hf auth login` in a
 # terminal, with a token that may write (huggingface.co, Settings, Access Tokens). Never put a token into a notebook: its
