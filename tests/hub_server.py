@@ -92,16 +92,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         self.hub: HubServer = self.server.hub
         self.path_only = unquote(urlsplit(self.path).path)
-        while self.hub.silent and not self.hub._end.wait(0.05):
-            pass  # until the server has come back or ends: nobody who waits is left behind
+        if self.hub.silent:
+            while self.hub.silent and not self.hub._end.wait(0.05):
+                pass
+            self._hang_up()  # the server is back, or has ended: nobody waits for ever
+            return
         self.data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.hub._lock:
             self.hub.requests.append(f"{self.command} {self.path_only}")
             if self.hub.gone_at and re.search(self.hub.gone_at, self.path_only):
                 self.hub.gone = True
             if self.hub.gone:
-                self.close_connection = True
-                self.connection.close()
+                self._hang_up()
                 return
             try:
                 answer = _Answer(200, b"<html>Welcome</html>") if self.hub.login_page else self._route()
@@ -129,6 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
 
     def log_message(self, *_) -> None:
         pass
