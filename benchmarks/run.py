@@ -12,7 +12,9 @@ from pathlib import Path
 import all_reduce
 import data_parallel
 import fully_sharded
+import lora
 import ring_in_fsdp
+import subspace
 import torch
 
 COMPARISONS = {
@@ -20,6 +22,8 @@ COMPARISONS = {
     "data_parallel": data_parallel,
     "fully_sharded": fully_sharded,
     "ring_in_fsdp": ring_in_fsdp,
+    "lora": lora,
+    "subspace": subspace,
 }
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
