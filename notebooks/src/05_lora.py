@@ -13,7 +13,7 @@
 # 45 minutes. It builds on [notebook 01](01_single_device_mlp.ipynb) (one device, its memory and operations).
 
 # %% tags=["parameters"]
-PROFILE = "quick"  # "full": all images you have, six times the steps; about 6 minutes
+PROFILE = "quick"  # "full": all images you have, six times the steps; about 4 minutes on two cores
 REPO_ID = None  # "your-name/mnist-even-or-odd": the last section then pushes an adapter there, private
 
 # %%
@@ -354,8 +354,9 @@ models = {}  # of even or odd, for what follows
 jobs = [(name, method, seed) for name in tasks for seed in SEEDS for method in METHODS]
 for name, method, seed in tqdm(jobs, desc="fine-tuning"):
     model = adapt(method, seed)
-    options = {"steps": steps[name], "learning_rate": rate.get(method, 1e-2)}
-    seen = fine_tune(model, tasks[name], **options, seed=seed, evaluate_every=steps[name] // 10)
+    options = {"steps": steps[name], "learning_rate": rate.get(method, 1e-2), "seed": seed}
+    options["evaluate_every"] = steps[name] // 10 if name == "even or odd" else 0
+    seen = fine_tune(model, tasks[name], **options)
     runs[name][method].append((seen, old_digits_accuracy(model, data), measure_memory(model, seen.optimizer)))
     if name == "even or odd":
         models[method, seed] = model
@@ -384,26 +385,26 @@ compare_guess("even or odd, last layer alone", 100 * mean["even or odd"]["last l
 # in 100 steps: full fine-tuning stays about a point ahead. LoRA loses here, a little. Is it the rank, or the time?
 
 # %% tags=["nbval-ignore-output"]
-rows, TARGET = runs["even or odd"], 0.9
+rows, target = runs["even or odd"], 0.9 if quick else 0.975
 shown = ("full", 1, 4, 16, "last layer")
 curves = {
     m: ([s for s, _ in rows[m][0][0].curve], [[a for _, a in r[0].curve] for r in rows[m]]) for m in shown
 }
-figure = figures.plot_curves("Even or odd: full fine-tuning is ahead from the start", curves, target=TARGET)
+figure = figures.plot_curves("Even or odd: full fine-tuning is ahead from the start", curves, target=target)
 plt.show()
-header = f"{'':10} {'trained':>8} {'gradients':>10} {'Adam':>10} {'ms/step':>8} {'steps to 90%, by seed':>22}"
+header = f"{'':10} {'trained':>8} {'gradients':>10} {'Adam':>10} {'ms/step':>8} {'steps to the dashed line, by seed':>34}"
 print(header)
 for m in METHODS:
     memory = rows[m][0][2]
     step_ms = 1e3 * statistics.median(r[0].step_s for r in rows[m])
-    reached = ", ".join(str(r[0].steps_to(TARGET) or "never") for r in rows[m])
+    reached = ", ".join(str(r[0].steps_to(target) or "never") for r in rows[m])
     print(
         f"{m!s:10} {bills[m]['trainable']:>8,} {memory.gradients_bytes:>10,} {memory.optimizer_bytes:>10,}"
         f" {step_ms:>8.2f}   {reached}"
     )
 
 # %% [markdown]
-# LoRA needs more steps to 90% than full fine-tuning. So part of the distance is time. The recorded runs below, on
+# LoRA needs more steps to the dashed line than full fine-tuning. So part of the distance is time. The recorded runs below, on
 # 60,000 images and with six times the steps, say how much of it.
 
 # %% tags=["nbval-ignore-output"]
@@ -595,6 +596,10 @@ figure = figures.plot_directions(
 # %% [markdown]
 # Another r, another seed, no low rank at all: nearly the same picture. It is no digit; it says where ink counts for or
 # against (which sign is which is free). The task asks for it, not the method. Notebook 06 starts from there.
+#
+# That was 100 steps. With six times as many, on all of MNIST (`PROFILE = "full"`), LoRA fills more of its r, which is why r
+# counted in the recorded runs. Then two runs share a plane rather than its axes: there $\phi(1, 1)$ was 0.11 between r = 2
+# and r = 8, and $\phi(2, 8)$ was 0.65.
 #
 # ## Two knobs that are one
 #
