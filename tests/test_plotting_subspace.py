@@ -62,7 +62,7 @@ def test_a_curve_has_mean_range_lines_and_the_authors(comparable):
     x, y = line_of(ax, "ours, mean and range of 2 seeds")
     assert x == dims and torch.allclose(y, accuracy.mean(0))
     labels = ax.get_legend_handles_labels()[1]
-    assert "global line 0.900: $d_{int90}$ = 750" in labels and "local line 0.950: not reached" in labels
+    assert "global line 0.900: d_int90 = 750" in labels and "local line 0.950: not reached" in labels
     theirs = next(line for line in ax.get_lines() if str(line.get_label()).startswith("Li et al."))
     assert theirs.get_xdata().tolist() == [100, 300, 750, 1_500]  # d = 10 lies outside of what we measured
     assert ("not comparable" in theirs.get_label()) == (not comparable) == (theirs.get_alpha() < 1)

@@ -35,6 +35,7 @@ def plot_toy(dims: Sequence[int], losses: Mapping[int, Sequence[float]], answer:
     ax.set(xlabel="d, directions that are trained", ylabel="least loss that can be reached")
     ax.set_title("At ten directions the loss falls to rounding error, whatever D")
     ax.set_xticks(list(dims))
+    ax.yaxis.set_major_formatter(lambda loss, _: f"{loss:.0e}" if loss < 0.01 or loss > 1e3 else f"{loss:g}")
     ax.legend(loc="lower left")
     return figure
 
@@ -63,7 +64,7 @@ def plot_dimension_curve(
     ax.plot(dims, mean, "o-", color=OURS, label=f"ours, mean and range of {len(accuracy_SD)} seeds")
     bottom = min(float(accuracy_SD.min()), *shown.values()) - 0.03
     for (name, (threshold, d)), color in zip(lines.items(), (INK, LOCAL)):
-        crossing = "not reached" if d is None else f"$d_{{int90}}$ = {d:,}"
+        crossing = "not reached" if d is None else f"d_int90 = {d:,}"
         ax.axhline(
             threshold,
             color=color,
@@ -108,7 +109,7 @@ def plot_width_depth(points: Sequence[tuple[str, int, int | None]], authors: tup
     ax.set(xscale="log", ylim=(0, 1.25 * max([*authors, *(d for _, _, d in found)])))
     ax.set(
         xlabel="D, all parameters",
-        ylabel="global $d_{int90}$",
+        ylabel="global d_int90",
         title="D grows 24-fold, the dimension hardly moves",
     )
     _plain_ticks(ax, (30_000, 50_000, 100_000, 200_000, 500_000, 1_000_000))
