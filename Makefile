@@ -36,14 +36,15 @@ lab: setup  ## a quick check of this machine, then JupyterLab on the first noteb
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# Two tests at a time: many wait for processes to start. A group (a mark in the tests) stays on one worker.
-PARALLEL := -n 2 --dist loadgroup
+# Two tests at a time: many wait for processes to start. A group (a mark in the tests) stays on one worker. One thread
+# each: two workers with a thread per core would wait for each other at every matrix product.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
 
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
-	@$(PY) -m pytest tests $(PARALLEL)
+	@$(PYTEST)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
-	@$(PY) -m pytest tests $(PARALLEL) -m "not notebooks and not browser and not slow"
+	@$(PYTEST) -m "not notebooks and not browser and not slow"
 
 .PHONY: lint
 lint: setup
