@@ -110,7 +110,7 @@ def plot_width_depth(points: Sequence[tuple[str, int, int | None]], authors: tup
     ax.set(
         xlabel="D, all parameters",
         ylabel="global d_int90",
-        title="D grows 24-fold, the dimension hardly moves",
+        title="The dimension hardly follows the number of parameters",
     )
     _plain_ticks(ax, (30_000, 50_000, 100_000, 200_000, 500_000, 1_000_000))
     ax.set_xlim(28_000, 1_400_000)
