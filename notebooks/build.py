@@ -99,8 +99,20 @@ def execute(notebook, folder: Path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.execution_count = ran[cell.id].execution_count
-            outputs = [clean_output(output, {scratch: "<data folder>"}) for output in ran[cell.id].outputs]
-            cell.outputs = [output for output in outputs if output is not None]
+            cell.outputs = clean_outputs(ran[cell.id].outputs, {scratch: "<data folder>"})
+
+
+def clean_outputs(outputs: list, names=None) -> list:
+    """Without displays that were cleared; streams that these had cut in two are one again, and a bar is its last state."""
+    kept = []
+    for output in outputs:
+        if "data" in output and not any(output.data.values()):
+            continue
+        if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return [cleaned for output in kept if (cleaned := clean_output(output, names)) is not None]
 
 
 def clean_output(output, names=None):

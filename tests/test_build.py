@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -350,6 +351,13 @@ def test_live_widgets_and_progress_bars_do_not_reach_a_committed_notebook():
     )
     assert set(pictured.data) == {"text/plain", "image/png"}
     assert build.clean_output(nbformat.v4.new_output("stream", name="stderr", text="10%\r20%\r")) is None
+
+
+def test_a_bar_that_a_cleared_display_cut_in_two_shows_its_last_state():
+    stream = partial(nbformat.v4.new_output, "stream", name="stderr")
+    cleared = nbformat.v4.new_output("display_data", data={"text/html": "", "text/plain": ""})
+    (only,) = build.clean_outputs([stream(text="\r10%"), cleared, stream(text="\r100%")])
+    assert only.text == "100%"
 
 
 def test_the_committed_notebooks_and_the_registry_agree():
