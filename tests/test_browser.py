@@ -128,8 +128,10 @@ class LabPage:
         """Run a cell with Ctrl+Enter and wait for its end; the text of its outputs."""
         cell = self.cells.nth(i)
         cell.locator(".cm-content").click()
+        before = cell.locator(".jp-InputPrompt").text_content()
         self.page.keyboard.press("Control+Enter")
-        self.wait(i, timeout_s)
+        self.wait(i, timeout_s, before)
+        self.page.wait_for_timeout(300)  # the number and the last output come by two channels
         return self.output(i)
 
     def run_all(self, timeout_s: float) -> None:
@@ -137,12 +139,11 @@ class LabPage:
         self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
         self.wait(self.cells.count() - 1, timeout_s)
 
-    def wait(self, i: int, timeout_s: float) -> None:
-        """Until the cell's prompt shows a number again, instead of a star."""
+    def wait(self, i: int, timeout_s: float, before: str = "") -> None:
+        """Until the cell's prompt shows a number again, instead of a star: another one than `before`."""
         prompt = self.cells.nth(i).locator(".jp-InputPrompt")
         end = time.monotonic() + timeout_s
-        time.sleep(0.2)
-        while not re.search(r"\d", prompt.text_content()):
+        while (shown := prompt.text_content()) == before or not re.search(r"\d", shown):
             if time.monotonic() > end:
                 self.shot("stuck")
                 raise AssertionError(f"cell {i} still runs after {timeout_s} s: {self.source(i)}")
