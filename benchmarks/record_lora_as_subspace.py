@@ -98,20 +98,17 @@ def with_method(model: nn.Module, method: str, budget: int, seed: int) -> nn.Mod
     return model
 
 
-def train_scored(model, learning_rate, train, test, steps, scored_after, seed):
-    """(accuracy after each of `scored_after` steps, median seconds of a step). train, test: (images, labels)."""
+def train_scored(model, learning_rate, train, test, steps, scored_after, seed) -> list[float]:
+    """Accuracy after each of `scored_after` steps. train, test: (images, labels)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
-    curve, times_s = [evaluate(model, *test)] if 0 in scored_after else [], []
+    curve = [evaluate(model, *test)] if 0 in scored_after else []
     for done, batch in enumerate(draw_batches(len(train[0]), BATCH_SIZE, steps, seed)):
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - done / steps)
-        images, labels = train[0].index_select(0, batch), train[1][batch]
-        began_s = time.perf_counter()
-        train_step(model, optimizer, images, labels)
-        times_s.append(time.perf_counter() - began_s)
+        train_step(model, optimizer, train[0].index_select(0, batch), train[1][batch])
         if done + 1 in scored_after:
             curve.append(evaluate(model, *test))
-    return curve, statistics.median(times_s)
+    return curve
 
 
 def best_learning_rate(start, method, budget, data, steps) -> float:
@@ -123,7 +120,7 @@ def best_learning_rate(start, method, budget, data, steps) -> float:
     for rate in LEARNING_RATES[method]:
         for seed in TUNING_SEEDS:
             model = with_method(start_model(start, seed, data), method, budget, seed)
-            curve, _ = train_scored(model, rate, train, held_out, steps, (steps,), seed)
+            curve = train_scored(model, rate, train, held_out, steps, (steps,), seed)
             scores[rate] = min(scores[rate], curve[-1])
     return max(scores, key=scores.get)
 
@@ -139,23 +136,39 @@ def measure(combination: tuple[str, str, int]) -> dict:
     torch.set_num_threads(1)
     (start, method, budget), data = combination, all_of_mnist()
     rate = best_learning_rate(start, method, budget, data, SCORED_AFTER[-1] // 2)
-    curves, times_s = [], []
+    curves = []
     for seed in SEEDS:
         model = with_method(start_model(start, seed, data), method, budget, seed)
         flops = flops_of_step(model, data)
         train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-        curve, step_s = train_scored(model, rate, train, test, SCORED_AFTER[-1], SCORED_AFTER, seed)
-        curves.append(curve)
-        times_s.append(step_s)
+        curves.append(train_scored(model, rate, train, test, SCORED_AFTER[-1], SCORED_AFTER, seed))
     return {
         "start": start,
         "method": method,
         "budget": budget,
         "learning_rate": rate,
         "flops_per_step": flops,
-        "step_s": min(times_s),
         "curve": curves,
     }
+
+
+def time_steps(rows: list[dict], rounds: int = 40) -> None:
+    """Put into each row the median seconds of one step: all rows take turns, so that they share the machine's moods."""
+    torch.set_num_threads(1)
+    data, times_s = all_of_mnist(), [[] for _ in rows]
+    images, labels = data.train_images[:BATCH_SIZE], data.train_labels[:BATCH_SIZE]
+    models = [with_method(MLP(), row["method"], row["budget"], 0) for row in rows]
+    optimizers = [
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+        for model in models
+    ]
+    for _ in range(rounds):
+        for model, optimizer, seen in zip(models, optimizers, times_s, strict=True):
+            began_s = time.perf_counter()
+            train_step(model, optimizer, images, labels)
+            seen.append(time.perf_counter() - began_s)
+    for row, seen in zip(rows, times_s, strict=True):
+        row["step_s"] = statistics.median(seen)
 
 
 def write(record: dict, path: Path) -> None:
@@ -206,6 +219,7 @@ def main() -> None:
             record["rows"].append(row)
             print(*combination, row["learning_rate"], [curve[-1] for curve in row["curve"]], flush=True)
             write(record, UNFINISHED)
+    time_steps(record["rows"])
     write(record, TARGET)
     UNFINISHED.unlink()
 

@@ -916,8 +916,8 @@ for start, base in starts.items():
         print(f"  {budget:>5,} {method:20} {accuracy:.3f}   {1e3 * statistics.median(times_s):.1f} ms a step")
 
 # %% [markdown]
-# One seed, few images and few steps are not a measurement. The recording has 60,000 images, more steps and seeds, and a
-# learning rate chosen for each combination on training images kept aside.
+# One seed, few images and few steps are not a measurement. The recording has 60,000 images, five times the steps, three
+# seeds, and a learning rate chosen for each combination on training images kept aside.
 
 # %% tags=["nbval-ignore-output"]
 compared = json.loads(
@@ -974,7 +974,8 @@ for start in ("pre-trained", "random initialisation"):
 # **SAID.** Aghajanyan and others (2020) measured the intrinsic dimension of fine-tuning with one learned scale for each layer,
 # counted among the $d$: some layers may move further than others. For their language models they report a $d_{90}$ that is 0 to
 # 58% lower. `RandomSubspace(..., layer_scales=True)` has a scale for each parameter tensor, six here. The last lines say what that
-# gains: most where directions are scarcest, at 210, and next to nothing with thousands of them.
+# gains here: a good point from the pre-trained base where directions are scarcest, at 210, next to nothing with thousands
+# of them, and nothing from a random start.
 #
 # ## What the number means, and what it does not
 #
