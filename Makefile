@@ -36,9 +36,9 @@ lab: setup  ## a quick check of this machine, then JupyterLab on the first noteb
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# Two tests at a time: many wait for processes to start. A group (a mark in the tests) stays on one worker. One thread
-# each: two workers with a thread per core would wait for each other at every matrix product.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup
+# Two files at a time, in the order of tests/conftest.py: many tests wait for processes to start. One thread each: two
+# workers with a thread per core would wait for each other at every matrix product.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
 	@$(PYTEST)

@@ -19,7 +19,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("browser"),  # one lab for all
     pytest.mark.timeout(420),
     pytest.mark.skipif(
         CHROMIUM is None and "CI" not in os.environ, reason="no Chromium here (CI must have one)"

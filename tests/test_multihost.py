@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LAB = ROOT / "cluster/multihost_lab.sh"
 LIMIT_S = 280
 
-pytestmark = pytest.mark.xdist_group("hosts")  # a test counts the namespaces of the whole machine
-
 
 def missing() -> str | None:
     """Why the lab cannot run here."""

@@ -16,7 +16,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 STEMS = sorted(source.stem for source in (NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
 CELL_LIMIT_S = 120
 
-pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(600), pytest.mark.xdist_group("notebooks")]
+pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(600)]
 each_notebook = pytest.mark.parametrize("stem", STEMS)
 
 
