@@ -37,14 +37,17 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
 # Two files at a time, in the order of tests/conftest.py: many tests wait for processes to start. One thread each: two
-# workers with a thread per core would wait for each other at every matrix product.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+# workers with a thread per core would wait for each other at every matrix product. What tests deadlines runs before, alone.
+ALONE := $(PY) -m pytest tests
+TOGETHER := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
-	@$(PYTEST)
+	@$(ALONE) -m alone
+	@$(TOGETHER) -m "not alone"
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
-	@$(PYTEST) -m "not notebooks and not browser and not slow"
+	@$(ALONE) -m "alone and not browser and not slow"
+	@$(TOGETHER) -m "not alone and not notebooks and not slow"
 
 .PHONY: lint
 lint: setup
@@ -58,7 +61,7 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
 
-bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 3 minutes on an idle machine)
+bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 5 minutes on an idle machine)
 	@$(PY) benchmarks/run.py
 
 doctor: setup  ## is this machine ready? Every failing line names its cure

@@ -15,7 +15,7 @@ import torch
 from workshop_utils.ranks import RankError, driver
 from workshop_utils.ranks.driver import Ranks, start_ranks
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")
