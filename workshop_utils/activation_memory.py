@@ -5,7 +5,7 @@ bytes in 16 bits. Counted here in the same way, operation by operation, for what
 
 - attention by scaled_dot_product_attention or flash, which keeps no s x s matrix: queries, keys, values, the output,
   and 4 bytes for each token and head (Dao et al. 2022, arXiv:2205.14135, section 3.1, the softmax's statistics);
-- no dropout, so no masks;
+- dropout nowhere but before LoRA's A, where it was asked for;
 - Llama's RMSNorm, which computes in float32 and saves that copy; SwiGLU's three large tensors (Shazeer 2020,
   arXiv:2002.05202) in place of one;
 - a frozen linear layer, which needs its weight but not its input; LoRA beside it saves the input, and r numbers.
@@ -14,7 +14,7 @@ Letters: T tokens in the batch of one GPU, h features, f features inside the MLP
 the dtype of the arithmetic (4 or 2), r LoRA's.
 """
 
-from collections.abc import Collection
+from dataclasses import dataclass
 
 from workshop_utils.model_specs import ModelSpec
 
@@ -22,29 +22,37 @@ LOSS_SAVED_BYTES = 4  # of each score: the log-softmax, in float32
 LOSS_PEAK_BYTES = 12  # of each score, see `loss_bytes`
 
 
-def block_bytes(
-    spec: ModelSpec, tokens: int, *, c: int, saves_input: Collection[str], trains_norms: bool, r: int
-) -> int:
+@dataclass(frozen=True)
+class Trained:
+    """What of a block is trained: `inputs_saved`, the linear layers whose input backward needs (all of them in full
+    fine-tuning, those with an adapter under LoRA); `norms`, whether norms are; `r` and `dropout`, LoRA's (0: none)."""
+
+    inputs_saved: tuple[str, ...]
+    norms: bool
+    r: int = 0
+    dropout: bool = False
+
+
+def block_bytes(spec: ModelSpec, tokens: int, trained: Trained, *, c: int) -> int:
     """Bytes that one block saves for T = `tokens`.
 
-    saves_input: names of the linear layers whose input is needed in backward: all in full fine-tuning, those with an
-    adapter under LoRA. trains_norms: norms are trained. r: LoRA's, 0 in full fine-tuning.
-
     RMSNorm: 4 h (the input in float32), c h if it is trained (the normalised input), 4. LayerNorm: c h and 8.
-    Attention: c (queries + 2 keys + output) + 4 heads. SwiGLU: 3 c f and, if the last layer's input is needed, c f.
-    GELU: c f, and again c f. LoRA: c r for each adapter.
+    Attention: c (queries + keys + values + output) + 4 heads. SwiGLU: 3 c f and, if the last layer's input is needed,
+    c f. GELU: c f, and again c f. What a norm gives, c h, once for all layers that need it as input. LoRA: c r for
+    each adapter; with dropout each saves its own input, c, and a mask, 1 byte, and none is shared.
     """
-    h, f = spec.hidden, spec.intermediate
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    norm = (4 * h + 4 + c * h * trains_norms) if spec.has_rms_norm else (c * h + 8)
-    names = [name for name, _, _ in spec.linears]
-    last = names[-1]
-    into_attention = any(_in_attention(spec, name) and name in saves_input for name in names[:-1])
-    into_mlp = any(name in saves_input for name in names if not _in_attention(spec, name) and name != last)
+    h, queries, keys = spec.hidden, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    norm = (4 * h + 4 + c * h * trained.norms) if spec.has_rms_norm else (c * h + 8)
     attention = c * (2 * queries + 2 * keys) + 4 * spec.num_heads
-    mlp = c * f * (3 if spec.is_gated else 1) + c * f * (last in saves_input)
-    adapters = c * r * sum(name in saves_input for name in names) if r else 0
-    return tokens * (2 * norm + c * h * (into_attention + into_mlp) + attention + mlp + adapters)
+    mlp = c * spec.intermediate * (3 if spec.is_gated else 1)
+    saved = [(name, num_in) for name, num_in, _ in spec.linears if name in trained.inputs_saved]
+    if trained.dropout:
+        inputs = sum(num_in * (c + 1) for _, num_in in saved)
+    else:
+        last = spec.linears[-1][0]  # its input is f wide
+        sources = {_source(name, last) for name, _ in saved}
+        inputs = c * (h * (len(sources & {"norm 1", "norm 2"})) + spec.intermediate * ("mlp" in sources))
+    return tokens * (2 * norm + attention + mlp + inputs + c * trained.r * len(saved))
 
 
 def backward_extra_bytes(spec: ModelSpec, tokens: int, *, c: int) -> int:
@@ -57,22 +65,20 @@ def backward_extra_bytes(spec: ModelSpec, tokens: int, *, c: int) -> int:
 
 
 def saved_bytes(
-    spec: ModelSpec, tokens: int, *, checkpointing: bool, batch_size: int, c: int, **of_a_block
+    spec: ModelSpec, tokens: int, batch_size: int, trained: Trained, *, checkpointing: bool, c: int
 ) -> dict[str, int]:
-    """Bytes that one forward saves, by place: "blocks", "ends" (final norm and input of the head), "scores".
+    """Bytes that one forward saves, by place: "blocks", "ends" (the image, final norm, input of the head), "scores".
 
     With checkpointing a block saves its input only, c h for each token; what it saves inside exists for one block
     at a time, later (`block_bytes`).
     """
-    if checkpointing:
-        blocks = spec.num_blocks * tokens * c * spec.hidden
-    else:
-        blocks = spec.num_blocks * block_bytes(spec, tokens, c=c, **of_a_block)
-    h, trains = spec.hidden, of_a_block["trains_norms"]
-    norm = (4 * h + 4 + c * h * trains) if spec.has_rms_norm else (c * h + 8)
+    h = spec.hidden
+    block = tokens * c * h if checkpointing else block_bytes(spec, tokens, trained, c=c)
+    norm = (4 * h + 4 + c * h * trained.norms) if spec.has_rms_norm else (c * h + 8)
     head_rows = tokens if spec.is_causal_lm else batch_size
-    ends = tokens * norm + head_rows * c * h * trains
-    return {"blocks": blocks, "ends": ends, "scores": num_scores(spec, tokens, batch_size) * LOSS_SAVED_BYTES}
+    ends = tokens * norm + (head_rows * c * h + batch_size * c * spec.image_numbers) * trained.norms
+    scores = num_scores(spec, tokens, batch_size) * LOSS_SAVED_BYTES
+    return {"blocks": spec.num_blocks * block, "ends": ends, "scores": scores}
 
 
 def loss_bytes(spec: ModelSpec, tokens: int, batch_size: int) -> int:
@@ -89,6 +95,10 @@ def num_scores(spec: ModelSpec, tokens: int, batch_size: int) -> int:
     return spec.num_scores * (tokens if spec.is_causal_lm else batch_size)
 
 
-def _in_attention(spec: ModelSpec, name: str) -> bool:
-    """Whether a linear layer of a block reads what the first norm gives: queries, keys and values do."""
-    return name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "value", "qkv")
+def _source(name: str, last: str) -> str:
+    """Where a linear layer's input comes from. The input of attention's last layer is attention's output, saved anyway."""
+    if name == last:
+        return "mlp"
+    if name in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        return "norm 1"
+    return "attention" if name == "o_proj" else "norm 2"

@@ -1,8 +1,8 @@
 """What a training step holds: bytes of parameters, gradients, optimizer state, buffers and activations.
 
-Taught in notebook 01. Everything here is read from the tensors that exist, nothing is estimated (`plan_memory` does
-that, notebook 08): a storage that
-two tensors share (tied weights, views of one flat buffer) counts once, and whole.
+Taught in notebook 01. Everything here is read from the tensors that exist, nothing is estimated
+(`plan_memory` does that, notebook 08): a storage that two tensors share (tied weights, views of one flat buffer)
+counts once, and whole.
 
 Units: bytes everywhere; MiB = 2**20 bytes.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from workshop_utils.memory_plan import plan_memory as plan_memory  # bytes predicted, in a module of its own
+from workshop_utils.memory_plan import plan_memory  # noqa: F401 (bytes predicted, in a module of its own)
 
 
 @dataclass(frozen=True)

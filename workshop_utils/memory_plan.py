@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from workshop_utils.activation_memory import (
+    Trained,
     backward_extra_bytes,
     block_bytes,
     loss_bytes,
@@ -103,6 +104,7 @@ def plan_memory(
     offload: bool = False,
     checkpointing: bool = False,
     r: int = 8,
+    lora_dropout: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
     double_quant: bool = True,
     shard_scales: bool = True,
@@ -119,7 +121,8 @@ def plan_memory(
     batch_size      sequences or images of one GPU in one forward; length: tokens of each (an image fixes its own)
     offload         FSDP's CPU offload: shards of parameters, gradients and optimizer state live in the host's memory
     checkpointing   blocks keep their input only and run again in backward
-    r               LoRA's; target_modules: "all-linear" (without the head) or names of a block's linear layers
+    r               LoRA's; target_modules: "all-linear" (without the head), or names of a block's linear layers
+    lora_dropout    whether dropout stands before LoRA's A: each adapter then saves an input of its own
     double_quant    of NF4's scales; shard_scales: False where each GPU keeps them all, as bitsandbytes under FSDP1 does
     flops_per_s     what one GPU reaches, not its peak. The default is 40% of an A100's 312e12 in bf16: an assumption.
                     Zhao et al. 2023 reach 55 to 60% with 175 billion parameters.
@@ -132,14 +135,12 @@ def plan_memory(
     tokens, c = batch_size * length, 4 if precision == "fp32" else 2
     sizes = _Sizes(spec, strategy, world_size, method, precision, c, r, targets, double_quant, shard_scales)
 
-    all_names = [name for name, _, _ in spec.linears]
-    of_a_block = {
-        "saves_input": all_names if method == "full" else targets,
-        "trains_norms": method == "full",
-        "r": 0 if method == "full" else r,
-    }
-    saved = saved_bytes(spec, tokens, checkpointing=checkpointing, batch_size=batch_size, c=c, **of_a_block)
-    one_block = block_bytes(spec, tokens, c=c, **of_a_block) if checkpointing else 0
+    if method == "full":
+        trained = Trained(tuple(name for name, _, _ in spec.linears), norms=True)
+    else:
+        trained = Trained(targets, norms=False, r=r, dropout=lora_dropout)
+    saved = saved_bytes(spec, tokens, batch_size, trained, checkpointing=checkpointing, c=c)
+    one_block = block_bytes(spec, tokens, trained, c=c) if checkpointing else 0
     layers = saved["blocks"] + saved["ends"]
     moments = {
         "loss": (layers, loss_bytes(spec, tokens, batch_size), sizes.root_temporary()),
@@ -155,17 +156,17 @@ def plan_memory(
     flops = operations(spec, tokens, length, method, checkpointing, sizes.adapters)
     return MemoryPlan(
         spec=spec,
-        settings=dict(
-            strategy=strategy,
-            world_size=world_size,
-            method=method,
-            precision=precision,
-            batch_size=batch_size,
-            length=length,
-            offload=offload,
-            checkpointing=checkpointing,
-            r=r if method != "full" else None,
-        ),
+        settings={
+            "strategy": strategy,
+            "world_size": world_size,
+            "method": method,
+            "precision": precision,
+            "batch_size": batch_size,
+            "length": length,
+            "offload": offload,
+            "checkpointing": checkpointing,
+            "r": r if method != "full" else None,
+        },
         **{f"{kind}_bytes": 0 if offload else round(size) for kind, size in resident.items()},
         activations_bytes=round(activations),
         logits_bytes=round(logits),
@@ -208,7 +209,7 @@ class _Sizes:
 
     def resident(self) -> dict[str, float]:
         """Parameters, gradients and optimizer state that stay on one GPU (or, offloaded, on the host for it)."""
-        n, spec = self.n, self.spec
+        spec = self.spec
         own, gradient, optimizer, _ = self.each
         parameters = self.trainable * own / self._divided("fsdp")
         if self.method != "full":

@@ -14,7 +14,7 @@ classes).
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ class ModelSpec:
     has_rms_norm: bool
     fixed_length: int | None  # tokens of an image; None where the text says how long it is
     is_tied: bool
+    image_numbers: int  # pixels times channels; 0 for text
 
     @property
     def num_parameters(self) -> int:
@@ -144,10 +145,11 @@ class ModelSpec:
             has_rms_norm=any("RMSNorm" in type(module).__name__ for module in blocks.modules()),
             fixed_length=_image_tokens(config),
             is_tied=bool(getattr(config, "tie_word_embeddings", False)) and hasattr(config, "vocab_size"),
+            image_numbers=getattr(config, "num_channels", 0) * getattr(config, "image_size", 0) ** 2,
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _from_name(name: str) -> ModelSpec:
     if name in _VIT_SHAPES:
         from transformers import ViTConfig
