@@ -10,6 +10,7 @@ import ipywidgets
 
 from workshop_utils.plotting.all_reduce import all_reduce_step_figure, describe_step
 from workshop_utils.plotting.fully_sharded import memory_bill_figure
+from workshop_utils.plotting.quantization import FORMATS, quantization_figure
 from workshop_utils.schedules import schedule
 
 _DPI = 90
@@ -82,6 +83,37 @@ def memory_bill(num_parameters: int = 7_500_000_000, world_size: int = 64) -> ip
     slider.observe(show, names="value")
     show()
     return ipywidgets.VBox([model, slider, picture])
+
+
+BLOCK_SIZES = [2**k for k in range(4, 13)]
+
+
+def quantization_explorer(name: str = "NF4", block_size: int = 64, outlier: int = 20) -> ipywidgets.VBox:
+    """What one outlier does to the values that a block can hold: a format, the block size, the outlier's size.
+
+    Both sliders take the arrow keys: blocks of 16 to 4,096 weights, an outlier of 0 (none) to 100 standard deviations.
+    Raises ValueError for a format, a block size or an outlier that cannot be chosen.
+    """
+    if name not in FORMATS or block_size not in BLOCK_SIZES or not 0 <= outlier <= 100:
+        raise ValueError(
+            f"choose one of {', '.join(FORMATS)}, a block size of 16 to 4,096 that is a power of two, and an outlier of 0 "
+            f"to 100, got {name!r}, {block_size} and {outlier}"
+        )
+    wide = ipywidgets.Layout(width="420px")
+    formats = ipywidgets.Dropdown(options=list(FORMATS), value=name, description="format")
+    sizes = ipywidgets.SelectionSlider(
+        options=BLOCK_SIZES, value=block_size, description="block size", layout=wide
+    )
+    outliers = ipywidgets.IntSlider(value=outlier, min=0, max=100, step=5, description="outlier", layout=wide)
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+
+    def show(change=None) -> None:
+        picture.value = _png(quantization_figure(formats.value, sizes.value, outliers.value))
+
+    for control in (formats, sizes, outliers):
+        control.observe(show, names="value")
+    show()
+    return ipywidgets.VBox([formats, sizes, outliers, picture])
 
 
 def _png(figure) -> bytes:
