@@ -33,6 +33,10 @@ from workshop_utils.plan_cost import communication_seconds, operations
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "fsdp")
 METHODS = ("full", "lora", "qlora")
 PRECISIONS = ("fp32", "bf16-mixed", "bf16")
+# Bytes of one of Adam's moments, for one parameter. None: the dtype of the parameter, as torch's. bitsandbytes: always
+# float32, or 8 bits with a float32 scale for each block of 256 (Dettmers et al. 2022, arXiv:2110.02861). Paged ones
+# hold the same, where the GPU or the host has room.
+OPTIMIZERS = {"adamw": None, "adamw-32bit": 4.0, "adamw-8bit": 1 + 4 / 256}
 CARDS_GIB = (8, 12, 16, 24, 48, 80)
 
 # What CUDA's context and kernels take before any tensor exists: transformers' documentation, "Model training
@@ -105,6 +109,7 @@ def plan_memory(
     checkpointing: bool = False,
     r: int = 8,
     lora_dropout: bool = False,
+    optimizer: str = "adamw",
     target_modules: str | Sequence[str] = "all-linear",
     double_quant: bool = True,
     shard_scales: bool = True,
@@ -113,6 +118,11 @@ def plan_memory(
     flops_per_s: float = 0.4 * 312e12,
 ) -> MemoryPlan:
     """Predict what one step of Adam holds on each of `world_size` GPUs, sends, and takes.
+
+    Gradients count whole throughout, as they do when batches are accumulated. DDP's buckets are the gradients
+    (gradient_as_bucket_view=True; torch's default holds them twice). Adam works in place (torch's default on a GPU,
+    foreach, takes another copy of the parameters for a moment). Attention is flash or sdpa. FSDP's units are the
+    blocks, and the root.
 
     model_spec      a ModelSpec, or one of MODEL_NAMES
     strategy        "single"; "ddp"; "zero1" divides the optimizer's state, "zero2" the gradients too, "fsdp" all
@@ -123,6 +133,7 @@ def plan_memory(
     checkpointing   blocks keep their input only and run again in backward
     r               LoRA's; target_modules: "all-linear" (without the head), or names of a block's linear layers
     lora_dropout    whether dropout stands before LoRA's A: each adapter then saves an input of its own
+    optimizer       "adamw": torch's; "adamw-32bit", "adamw-8bit": bitsandbytes'
     double_quant    of NF4's scales; shard_scales: False where each GPU keeps them all, as bitsandbytes under FSDP1 does
     flops_per_s     what one GPU reaches, not its peak. The default is 40% of an A100's 312e12 in bf16: an assumption.
                     Zhao et al. 2023 reach 55 to 60% with 175 billion parameters.
@@ -130,10 +141,25 @@ def plan_memory(
     Raises ValueError, naming the choices, for settings that do not go together.
     """
     spec = ModelSpec.from_name(model_spec) if isinstance(model_spec, str) else model_spec
-    length = _checked(spec, strategy, world_size, method, precision, batch_size, length, offload, r)
+    length = _checked(
+        spec, strategy, world_size, method, precision, batch_size, length, offload, r, optimizer
+    )
     targets = _targets(spec, target_modules) if method != "full" else ()
     tokens, c = batch_size * length, 4 if precision == "fp32" else 2
-    sizes = _Sizes(spec, strategy, world_size, method, precision, c, r, targets, double_quant, shard_scales)
+    sizes = _Sizes(
+        spec,
+        strategy,
+        world_size,
+        method,
+        precision,
+        c,
+        r,
+        targets,
+        OPTIMIZERS[optimizer],
+        double_quant,
+        shard_scales,
+        offload,
+    )
 
     if method == "full":
         trained = Trained(tuple(name for name, _, _ in spec.linears), norms=True)
@@ -166,6 +192,7 @@ def plan_memory(
             "offload": offload,
             "checkpointing": checkpointing,
             "r": r if method != "full" else None,
+            "optimizer": optimizer,
         },
         **{f"{kind}_bytes": 0 if offload else round(size) for kind, size in resident.items()},
         activations_bytes=round(activations),
@@ -187,7 +214,19 @@ class _Sizes:
     """Bytes of the parts of a model under one choice of method, precision and strategy."""
 
     def __init__(
-        self, spec, strategy, world_size, method, precision, c, r, targets, double_quant, shard_scales
+        self,
+        spec,
+        strategy,
+        world_size,
+        method,
+        precision,
+        c,
+        r,
+        targets,
+        moment_bytes,
+        double_quant,
+        shard_scales,
+        offload,
     ):
         self.spec, self.strategy, self.n, self.method, self.c = spec, strategy, world_size, method, c
         self.adapters = spec.num_blocks * sum(
@@ -196,12 +235,18 @@ class _Sizes:
         self.trainable = spec.num_parameters if method == "full" else self.adapters
         mixed = precision == "bf16-mixed"
         # bytes of one trained parameter: itself, its gradient, Adam's part; and its gradient on the wire
+        own = 4 if mixed else c
+        moments = 2 * (own if moment_bytes is None else moment_bytes)
         if mixed and method == "full" and strategy != "fsdp":
-            self.each = (2, 2, 12, 2)  # ZeRO's figure 1: the float32 master is the optimizer's
-        elif mixed:
-            self.each = (4, 4, 8, 4)  # the float32 master is what is sharded, or the adapter itself
+            self.each = (2, 2, 4 + moments, 2)  # ZeRO's figure 1: the float32 master is the optimizer's
         else:
-            self.each = (c, c, 2 * c, c)
+            self.each = (
+                own,
+                own,
+                moments,
+                own,
+            )  # mixed: the master is what is sharded, or the adapter itself
+        self.offload = offload
         scales_bits = (8 / 64 + 32 / (64 * 256)) if double_quant else 32 / 64
         self.scale_bytes = scales_bits / 8 if method == "qlora" else 0.0
         self.weight_bytes = 0.5 if method == "qlora" else c  # of a frozen weight in a block
@@ -247,13 +292,15 @@ class _Sizes:
 
     def block_temporary(self) -> float:
         """While a block is in backward: two whole blocks (itself and the prefetched), its gradient before it is
-        scattered, in the arithmetic's dtype and in that of the wire; the largest weight out of its 4 bits."""
+        scattered, in the arithmetic's dtype and in that of the wire; the largest weight out of its 4 bits. With
+        offload a block's shard comes to the GPU before it is gathered."""
         dequantised = max(i * o for _, i, o in self.spec.linears) * self.c if self.method == "qlora" else 0
         if self.strategy != "fsdp":
             return dequantised
         trained = self._block_trained()
         root_gradient = self.root_gathered() if self.method == "full" else 0.0
-        return dequantised + 2 * self.block_gathered() + trained * (self.c + self.each[3]) + root_gradient
+        gathered = 2 * self.block_gathered() * (1 + (1 / self.n if self.offload else 0))
+        return dequantised + gathered + trained * (self.c + self.each[3]) + root_gradient
 
     def messages(self) -> list[tuple[str, float, int]]:
         """(collective, bytes of the whole tensor, how often) of one step."""
@@ -313,12 +360,13 @@ def _targets(spec: ModelSpec, target_modules) -> tuple[str, ...]:
     return wanted
 
 
-def _checked(spec, strategy, world_size, method, precision, batch_size, length, offload, r) -> int:
+def _checked(spec, strategy, world_size, method, precision, batch_size, length, offload, r, optimizer) -> int:
     """The tokens of one sequence, after everything was looked at."""
     for name, value, choices in (
         ("strategy", strategy, STRATEGIES),
         ("method", method, METHODS),
         ("precision", precision, PRECISIONS),
+        ("optimizer", optimizer, OPTIMIZERS),
     ):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
