@@ -16,7 +16,7 @@ the dtype of the arithmetic (4 or 2), r LoRA's.
 
 from dataclasses import dataclass
 
-from workshop_utils.model_specs import ModelSpec
+from workshop_utils.plan_settings import PlanSettings
 
 LOSS_SAVED_BYTES = 4  # of each score: the log-softmax, in float32
 LOSS_PEAK_BYTES = 12  # of each score, see `loss_bytes`
@@ -33,14 +33,15 @@ class Trained:
     dropout: bool = False
 
 
-def block_bytes(spec: ModelSpec, tokens: int, trained: Trained, *, c: int) -> int:
-    """Bytes that one block saves for T = `tokens`.
+def block_bytes(settings: PlanSettings, trained: Trained) -> int:
+    """Bytes that one block saves.
 
     RMSNorm: 4 h (the input in float32), c h if it is trained (the normalised input), 4. LayerNorm: c h and 8.
     Attention: c (queries + keys + values + output) + 4 heads. SwiGLU: 3 c f and, if the last layer's input is needed,
     c f. GELU: c f, and again c f. What a norm gives, c h, once for all layers that need it as input. LoRA: c r for
     each adapter; with dropout each saves its own input, c, and a mask, 1 byte, and none is shared.
     """
+    spec, c = settings.spec, settings.number_bytes
     h, queries, keys = spec.hidden, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     norm = (4 * h + 4 + c * h * trained.norms) if spec.has_rms_norm else (c * h + 8)
     attention = c * (2 * queries + 2 * keys) + 4 * spec.num_heads
@@ -52,47 +53,51 @@ def block_bytes(spec: ModelSpec, tokens: int, trained: Trained, *, c: int) -> in
         last = spec.linears[-1][0]  # its input is f wide
         sources = {_source(name, last) for name, _ in saved}
         inputs = c * (h * (len(sources & {"norm 1", "norm 2"})) + spec.intermediate * ("mlp" in sources))
-    return tokens * (2 * norm + attention + mlp + inputs + c * trained.r * len(saved))
+    return settings.tokens * (2 * norm + attention + mlp + inputs + c * trained.r * len(saved))
 
 
-def backward_extra_bytes(spec: ModelSpec, tokens: int, *, c: int) -> int:
+def backward_extra_bytes(settings: PlanSettings) -> int:
     """Bytes of a block's backward beyond what it saved, where they are most: inside the MLP.
 
     SwiGLU: the gradients of product, activation and gate's partner exist while the input of the last layer is gone:
     2 c f more. GELU: gradients before and behind it, one saved tensor gone: c f more.
     """
-    return tokens * c * spec.intermediate * (2 if spec.is_gated else 1)
+    width = settings.spec.intermediate * settings.number_bytes
+    return settings.tokens * width * (2 if settings.spec.is_gated else 1)
 
 
-def saved_bytes(
-    spec: ModelSpec, tokens: int, batch_size: int, trained: Trained, *, checkpointing: bool, c: int
-) -> dict[str, int]:
+def saved_bytes(settings: PlanSettings, trained: Trained) -> dict[str, int]:
     """Bytes that one forward saves, by place: "blocks", "ends" (the image, final norm, input of the head), "scores".
 
     With checkpointing a block saves its input only, c h for each token; what it saves inside exists for one block
     at a time, later (`block_bytes`).
     """
+    spec, tokens, c = settings.spec, settings.tokens, settings.number_bytes
     h = spec.hidden
-    block = tokens * c * h if checkpointing else block_bytes(spec, tokens, trained, c=c)
+    block = tokens * c * h if settings.checkpointing else block_bytes(settings, trained)
     norm = (4 * h + 4 + c * h * trained.norms) if spec.has_rms_norm else (c * h + 8)
-    head_rows = tokens if spec.is_causal_lm else batch_size
-    ends = tokens * norm + (head_rows * c * h + batch_size * c * spec.image_numbers) * trained.norms
-    scores = num_scores(spec, tokens, batch_size) * LOSS_SAVED_BYTES
-    return {"blocks": spec.num_blocks * block, "ends": ends, "scores": scores}
+    head_rows = tokens if spec.is_causal_lm else settings.batch_size
+    ends = tokens * norm + (head_rows * c * h + settings.batch_size * c * spec.image_numbers) * trained.norms
+    return {
+        "blocks": spec.num_blocks * block,
+        "ends": ends,
+        "scores": num_scores(settings) * LOSS_SAVED_BYTES,
+    }
 
 
-def loss_bytes(spec: ModelSpec, tokens: int, batch_size: int) -> int:
+def loss_bytes(settings: PlanSettings) -> int:
     """Bytes of the scores and their gradient where they are most, 12 V for each token of a language model.
 
     torch's cross entropy runs in float32: its log-softmax (saved), the gradient by it and the gradient by the scores
     exist at once, 4 bytes each. Chunked and fused losses avoid this.
     """
-    return num_scores(spec, tokens, batch_size) * LOSS_PEAK_BYTES
+    return num_scores(settings) * LOSS_PEAK_BYTES
 
 
-def num_scores(spec: ModelSpec, tokens: int, batch_size: int) -> int:
+def num_scores(settings: PlanSettings) -> int:
     """Scores of one forward: V for each token of a language model, V for each image of a classifier."""
-    return spec.num_scores * (tokens if spec.is_causal_lm else batch_size)
+    spec = settings.spec
+    return spec.num_scores * (settings.tokens if spec.is_causal_lm else settings.batch_size)
 
 
 def _source(name: str, last: str) -> str:

@@ -7,8 +7,8 @@ where a token sees only those before it, and twice as much again in backward. Ch
 again. Seconds of a collective: network.py's rings, none of it overlapped here.
 """
 
-from workshop_utils.model_specs import ModelSpec
 from workshop_utils.network import Link, all_gather_s, reduce_scatter_s, ring_all_reduce_s
+from workshop_utils.plan_settings import PlanSettings
 
 # Peak of dense arithmetic in bf16 (T4: fp16) with float32 sums, operations per second: NVIDIA's data sheets and
 # architecture white papers (Turing, GA102, Ada, A100, H100 SXM).
@@ -21,19 +21,18 @@ GPU_PEAK_FLOPS_PER_S = {
 }
 
 
-def operations(
-    spec: ModelSpec, tokens: int, length: int, method: str, checkpointing: bool, adapter_parameters: int
-) -> float:
-    """Operations of one step of one GPU: T tokens in sequences of `length`."""
+def operations(settings: PlanSettings, adapter_parameters: int) -> float:
+    """Operations of one step of one GPU."""
+    spec, length = settings.spec, settings.length
     attended = length / 2 if spec.is_causal_lm else length
     attention = 4 * attended * spec.num_heads * spec.head_dim * spec.num_blocks
     head = spec.embedding_parameters if spec.is_tied else spec.head_parameters
     head_share = 1.0 if spec.is_causal_lm else 1 / length  # a classifier scores one token of an image
     weights = spec.linear_parameters + head * head_share
     forward = 2 * (weights + adapter_parameters) + attention
-    backward = 2 * weights * (2 if method == "full" else 1) + 4 * adapter_parameters + 2 * attention
-    again = 2 * (spec.linear_parameters + adapter_parameters) + attention if checkpointing else 0.0
-    return tokens * (forward + backward + again)
+    backward = 2 * weights * (2 if settings.method == "full" else 1) + 4 * adapter_parameters + 2 * attention
+    again = 2 * (spec.linear_parameters + adapter_parameters) + attention if settings.checkpointing else 0.0
+    return settings.tokens * (forward + backward + again)
 
 
 def communication_seconds(messages: list[tuple[str, float, int]], world_size: int, link: Link) -> float:
