@@ -24,6 +24,7 @@ from workshop_utils.memory import held_bytes
 
 NF4_ZERO = 7  # the code of the level 0
 ABSMAX_BLOCK = 256  # so many absmax values share one scale in double quantisation
+_PIECE = 2**17
 _OUTERMOST = 0.9677083  # 1 - (1/32 + 1/30) / 2 in seven digits, as bitsandbytes writes it
 _SMALLEST_ABSMAX = 1e-38  # a block of zeros is divided by this, not by 0
 
@@ -210,12 +211,24 @@ def dequantize_nf4(quantized: NF4Tensor, dtype: torch.dtype | None = None) -> Te
     """What NF4 kept of the weight, in its shape and, unless `dtype` is given, its dtype. Computed in float32.
 
     A byte is looked up whole: a table of 256 pairs of levels, each pair read as one int64, takes half the look-ups and
-    no splitting of bytes.
+    no splitting of bytes. Pieces of 2**17 numbers stay in the cache, and no dtype needs a float32 copy of it all.
     """
+    dtype, block_size = dtype or quantized.dtype, quantized.block_size
     pairs = _pairs_of_levels(quantized.packed.device)
-    values = pairs.index_select(0, quantized.packed.int()).view(torch.float32)[: quantized.shape.numel()]
-    values = _times_absmax_(values, quantized.absmax_of_blocks(), quantized.block_size)
-    return values.to(dtype or quantized.dtype).view(quantized.shape)
+    result = torch.empty(2 * len(quantized.packed), dtype=dtype, device=quantized.packed.device)
+    blocks = 2 * max(1, _PIECE // (2 * block_size))  # an even number of whole blocks
+    pieces = zip(
+        result.split(blocks * block_size),
+        quantized.packed.split(blocks * block_size // 2),
+        quantized.absmax_of_blocks().split(blocks),
+    )
+    for piece, packed, absmax in pieces:
+        values = piece if dtype == torch.float32 else torch.empty_like(piece, dtype=torch.float32)
+        torch.index_select(pairs, 0, packed.int(), out=values.view(torch.int64))
+        _times_absmax_(values, absmax, block_size)
+        if values is not piece:
+            piece.copy_(values)
+    return result[: quantized.shape.numel()].view(quantized.shape)
 
 
 def quantize_absmax_again(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
