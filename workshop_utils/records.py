@@ -27,24 +27,31 @@ TEMPLATES = (
     "The order of {name}: {quantity} {item}, {price} rupees in all.",
 )
 NEW_TEMPLATE = "We charged {price} rupees for the {quantity} {item} that {name} picked."
+# fmt: off
 TRAIN_NAMES = (
-    "Amit Bela Carl Dana Emil Farah Gita Hans Ines Jamal Kira Leo Mona Nils Olga Pavel Rosa Samir Tara Uma Viktor "
-    "Wanda Yusuf Zoe"
-).split()
-TEST_NAMES = "Vini Arjun Brigitte Chen Dmitri Elena Fatima Goran Hiro Ingrid Kwame Lucia".split()
-ADJECTIVES = "fresh old blue small heavy round cheap green large clean".split()
+    "Amit", "Bela", "Carl", "Dana", "Emil", "Farah", "Gita", "Hans", "Ines", "Jamal", "Kira", "Leo",
+    "Mona", "Nils", "Olga", "Pavel", "Rosa", "Samir", "Tara", "Uma", "Viktor", "Wanda", "Yusuf", "Zoe",
+)
+TEST_NAMES = (
+    "Vini", "Arjun", "Brigitte", "Chen", "Dmitri", "Elena", "Fatima", "Goran", "Hiro", "Ingrid", "Kwame", "Lucia",
+)
+ADJECTIVES = ("fresh", "old", "blue", "small", "heavy", "round", "cheap", "green", "large", "clean")
 TRAIN_NOUNS = (
-    "apples books chairs doors eggs flowers gloves hats jars kites lemons maps nails onions pens ropes shirts tables "
-    "umbrellas vases wheels boots candles spoons"
-).split()
-TEST_NOUNS = "cups melons lamps bricks scarves plates drums towels pencils buckets tents mirrors".split()
+    "apples", "books", "chairs", "doors", "eggs", "flowers", "gloves", "hats", "jars", "kites", "lemons", "maps",
+    "nails", "onions", "pens", "ropes", "shirts", "tables", "vases", "wheels", "boots", "candles", "spoons", "keys",
+)
+TEST_NOUNS = (
+    "cups", "melons", "lamps", "bricks", "scarves", "plates", "drums", "towels", "pencils", "buckets", "tents",
+    "mirrors",
+)
+# fmt: on
 SPLITS = {
     "train": (TEMPLATES, TRAIN_NAMES, TRAIN_NOUNS),
     "test": (TEMPLATES, TEST_NAMES, TEST_NOUNS),
     "new_template": ((NEW_TEMPLATE,), TEST_NAMES, TEST_NOUNS),
 }
 IGNORED = -100  # a label that transformers leaves out of the loss
-MAX_NEW_TOKENS = 48  # the longest answer has 41
+MAX_NEW_TOKENS = 40  # the longest answer has 34
 
 Record = dict[str, str | int]
 
