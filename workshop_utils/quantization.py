@@ -275,9 +275,10 @@ def _rows_and_absmax(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _times_absmax_(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    """Multiply float32 values [N] by the absmax [K] of their blocks, in place."""
-    whole = values.numel() // block_size * block_size
-    values[:whole].view(-1, block_size).mul_(absmax[: whole // block_size].unsqueeze(1))
+    """Multiply float32 values [N] by the absmax [K] of their blocks, in place. What is too long counts to the last."""
+    blocks = min(values.numel() // block_size, len(absmax))
+    whole = blocks * block_size
+    values[:whole].view(-1, block_size).mul_(absmax[:blocks].unsqueeze(1))
     if whole < values.numel():
         values[whole:].mul_(absmax[-1])
     return values
