@@ -1,4 +1,4 @@
-"""What can be moved with the mouse or the keyboard. Notebook 02 has the first, notebook 04 the second.
+"""What can be moved with the mouse or the keyboard. Notebooks 02, 04, 07 and 08 have one each.
 
 A widget draws nothing itself: it calls a plot function that is tested alone, and that also gives the static
 figure for GitHub and paper. Works with ipywidgets 7.7 and 8.
@@ -8,8 +8,12 @@ import io
 
 import ipywidgets
 
+from workshop_utils.memory_plan import MemoryPlan, plan_memory
+from workshop_utils.model_specs import ModelSpec
+from workshop_utils.plan_settings import METHODS
 from workshop_utils.plotting.all_reduce import all_reduce_step_figure, describe_step
 from workshop_utils.plotting.fully_sharded import memory_bill_figure
+from workshop_utils.plotting.planner import plans_figure
 from workshop_utils.plotting.quantization import FORMATS, quantization_figure
 from workshop_utils.schedules import schedule
 
@@ -114,6 +118,82 @@ def quantization_explorer(name: str = "NF4", block_size: int = 64, outlier: int 
         control.observe(show, names="value")
     show()
     return ipywidgets.VBox([formats, sizes, outliers, picture])
+
+
+PLANNER_MODELS = ("smollm2", "llama-1b", "llama-8b", "llama-70b", "vit-b", "vit-l", "vit-h")
+
+
+def planner(model: str = "llama-8b", method: str = "qlora", world_size: int = 2) -> ipywidgets.VBox:
+    """What training holds on each GPU, for every strategy: choose model, method, GPUs, batch, length, checkpointing.
+
+    Below the bars, what FSDP sends and how long a step takes. Making the widget builds the models' shapes (about two
+    seconds and transformers' import), so that a redraw need not. Raises ValueError for a model that is not in
+    PLANNER_MODELS, a method that is not in METHODS, or a number of GPUs that is not on the slider.
+    """
+    worlds = [2, 4, 8, 16, 32, 64]
+    if model not in PLANNER_MODELS or method not in METHODS or world_size not in worlds:
+        raise ValueError(
+            f"model must be one of {', '.join(PLANNER_MODELS)}, method one of {', '.join(METHODS)} and world_size one of "
+            f"{', '.join(map(str, worlds))}, got {model!r}, {method!r} and {world_size}"
+        )
+    specs = {name: ModelSpec.from_name(name) for name in PLANNER_MODELS}
+    controls = {
+        "model": ipywidgets.Dropdown(options=PLANNER_MODELS, value=model, description="model"),
+        "method": ipywidgets.Dropdown(options=METHODS, value=method, description="method"),
+        "world_size": ipywidgets.SelectionSlider(options=worlds, value=world_size, description="GPUs"),
+        "batch_size": ipywidgets.SelectionSlider(
+            options=[2**k for k in range(8)], value=1, description="batch"
+        ),
+        "length": ipywidgets.SelectionSlider(
+            options=[2**k for k in range(7, 15)], value=512, description="length"
+        ),
+        "checkpointing": ipywidgets.Checkbox(value=False, description="checkpointing"),
+    }
+    picture = ipywidgets.Image(format="png", layout=ipywidgets.Layout(max_width="100%", object_fit="contain"))
+    words = ipywidgets.HTML()
+
+    def show(change=None) -> None:
+        chosen = {name: control.value for name, control in controls.items()}
+        spec = specs[chosen.pop("model")]
+        controls["length"].disabled = spec.fixed_length is not None
+        plans = _plans_of_strategies(spec, **chosen)
+        picture.value = _png(plans_figure(_planner_title(spec, chosen), plans))
+        words.value = _planner_words(plans["FSDP"])
+
+    for control in controls.values():
+        control.observe(show, names="value")
+    show()
+    rows = [ipywidgets.HBox(list(controls.values())[start : start + 2]) for start in (0, 2, 4)]
+    return ipywidgets.VBox([*rows, picture, words])
+
+
+def _plans_of_strategies(spec: ModelSpec, world_size: int, length: int, **settings) -> dict[str, MemoryPlan]:
+    """A plan for each bar of the planner."""
+    settings["length"] = None if spec.fixed_length else length
+    strategies = {"DDP": "ddp", "ZeRO-1": "zero1", "ZeRO-2": "zero2", "FSDP": "fsdp"}
+    return {
+        "1 GPU": plan_memory(spec, **settings),
+        **{
+            name: plan_memory(spec, strategy, world_size, **settings) for name, strategy in strategies.items()
+        },
+        "FSDP + offload": plan_memory(spec, "fsdp", world_size, offload=True, **settings),
+    }
+
+
+def _planner_title(spec: ModelSpec, chosen: dict) -> str:
+    tokens = f"{chosen['batch_size']} x {spec.fixed_length or chosen['length']} tokens"
+    again = ", checkpointing" if chosen["checkpointing"] else ""
+    return f"{spec.name}, {chosen['method']}, {chosen['world_size']} GPUs, {tokens}{again}"
+
+
+def _planner_words(plan: MemoryPlan) -> str:
+    card = plan.smallest_card_gib()
+    fits = f"fits cards from {card} GB on" if card else "fits no card up to 80 GB"
+    return (
+        f"FSDP {fits}. In a step a GPU sends {plan.traffic_bytes / 1e9:.2f} GB over PCIe 4, "
+        f"{plan.communication_s:.2g} s, and computes for {plan.compute_s:.2g} s, if it is an A100 at 40% of its peak. "
+        "Batch and length are each GPU's own; bf16-mixed, r = 8. The pale end of a bar is for CUDA's context and kernels."
+    )
 
 
 def _png(figure) -> bytes:

@@ -23,21 +23,25 @@ GIB = 2**30
 
 def plot_plans(title: str, plans: dict[str, MemoryPlan]) -> Figure:
     """A stacked bar for each plan, by label, with the cards as lines: a figure of pyplot's, for the notebook."""
-    figure = plt.figure(figsize=(7.6, 1.9 + 0.36 * len(plans)))
+    figure = plt.figure(figsize=_size(plans), layout="none")
     draw_plans(figure, title, plans)
     return figure
 
 
 def plans_figure(title: str, plans: dict[str, MemoryPlan]) -> Figure:
     """The same on a figure of its own, outside pyplot: what the widget shows."""
-    figure = Figure(figsize=(7.6, 1.9 + 0.36 * len(plans)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=_size(plans), facecolor="white", layout="none")
     draw_plans(figure, title, plans)
     return figure
 
 
 def draw_plans(figure: Figure, title: str, plans: dict[str, MemoryPlan]) -> None:
     """Draw the bars into `figure`. The pale end of a bar is what CUDA's context and kernels take."""
-    ax = figure.add_subplot()
+    width, height = figure.get_size_inches()
+    margin = 0.2 + 0.085 * max(
+        9, *map(len, plans)
+    )  # inches; a layout engine would double the time of a redraw
+    ax = figure.add_axes((margin / width, 1.05 / height, (width - margin - 0.1) / width, 1 - 1.55 / height))
     left = [0.0] * len(plans)
     sizes = {kind: [plan.by_kind()[kind] for plan in plans.values()] for kind in KINDS}
     sizes["CUDA"] = [RESERVE_BYTES] * len(plans)
@@ -46,12 +50,15 @@ def draw_plans(figure: Figure, title: str, plans: dict[str, MemoryPlan]) -> None
         ax.barh(range(len(plans)), gib, left=left, color=PLAN_COLORS[kind], label=kind, height=0.66)
         left = [start + size for start, size in zip(left, gib, strict=True)]
     reach = max(left)
-    cards = [card for card in CARDS_GIB if card <= 1.3 * reach]
-    limit = 1.2 * max([reach, *cards])
+    enough = next((card for card in CARDS_GIB if card >= reach), CARDS_GIB[-1])
+    cards = [card for card in CARDS_GIB if card <= enough]
+    limit = 1.17 * max(reach, enough)
     for card in cards:
         ax.axvline(card, color=INK, linewidth=0.9, linestyle="--", zorder=0)
-    for label, card in _apart([(f"{card} GB", card) for card in cards], 0.075 * limit):
-        ax.text(card, 1.01, label, ha="center", va="bottom", fontsize=8, transform=ax.get_xaxis_transform())
+    above = {"va": "bottom", "fontsize": 8, "transform": ax.get_xaxis_transform()}
+    for card in _apart(cards, 0.032 * limit):
+        ax.text(card, 1.01, card, ha="center", **above)
+    ax.text(-0.012 * limit, 1.01, "cards, GB", ha="right", **above)
     for row, end in enumerate(left):
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
         ax.text(end + 0.012 * limit, row, f"{end:.1f}", va="center", fontsize=9, bbox=white)
@@ -60,7 +67,7 @@ def draw_plans(figure: Figure, title: str, plans: dict[str, MemoryPlan]) -> None
     ax.set_title(title, pad=20)
     ax.invert_yaxis()
     ax.tick_params(left=False)
-    figure.legend(ncols=4, loc="outside lower center")
+    figure.legend(ncols=4, loc="lower center")
 
 
 def plot_published(rows: list[PublishedRow]) -> Figure:
@@ -87,10 +94,15 @@ def plot_published(rows: list[PublishedRow]) -> Figure:
     return figure
 
 
-def _apart(labels: list[tuple[str, float]], distance: float) -> list[tuple[str, float]]:
-    """The labels that have room: from the largest value down, none nearer to the one before than `distance`."""
-    kept: list[tuple[str, float]] = []
-    for label, value in reversed(labels):
-        if not kept or kept[-1][1] - value >= distance:
-            kept.append((label, value))
+def _size(plans: dict[str, MemoryPlan]) -> tuple[float, float]:
+    """Inches."""
+    return 7.6, 1.7 + 0.34 * len(plans)
+
+
+def _apart(values: list[int], distance: float) -> list[int]:
+    """The values whose labels have room: from the largest down, none nearer to the one before than `distance`."""
+    kept: list[int] = []
+    for value in reversed(values):
+        if not kept or kept[-1] - value >= distance:
+            kept.append(value)
     return kept
