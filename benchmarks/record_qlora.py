@@ -65,6 +65,7 @@ def adapted(method: str, seed: int) -> tuple[nn.Module, object]:
 def in_bitsandbytes(compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """SmolLM2 with bitsandbytes' NF4 layers, as transformers loads it."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -73,6 +74,7 @@ def in_bitsandbytes(compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         bnb_4bit_compute_dtype=compute_dtype,
     )
     where = {"local_files_only": True, "device_map": {"": "cpu"}}
+    logging.disable_progress_bar()
     return LlamaForCausalLM.from_pretrained(
         model_folder(), quantization_config=config, dtype=torch.float32, **where
     )
@@ -82,11 +84,8 @@ def with_peft(model: nn.Module, seed: int) -> nn.Module:
     """PEFT's LoRA around `model`, with the A that apply_lora and apply_qlora draw from this seed."""
     from peft import LoraConfig, get_peft_model
 
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-        autocast_adapter_dtype=False,
-    )
+    config = LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, config)
     torch.manual_seed(seed)
     drawn = apply_lora(load_language_model()[0], "all-linear", R, LORA_ALPHA)
     factors = {name: layer for name, layer in drawn.named_modules() if name.endswith("lora_A")}
