@@ -114,11 +114,11 @@ class _NF4MatMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x = None
+        grad_x, held = None, ctx.saved_tensors  # read once: activation checkpointing allows no second time
         if ctx.needs_input_grad[0]:
-            quantized = _nf4_tensor(ctx.shape_and_settings, *ctx.saved_tensors)
+            quantized = _nf4_tensor(ctx.shape_and_settings, *held)
             grad_x = grad @ dequantize_nf4(quantized, grad.dtype)
-        return grad_x, *[None] * (2 + len(ctx.saved_tensors))  # nothing for the base: it is frozen
+        return grad_x, *[None] * (2 + len(held))  # nothing for the base: it is frozen
 
 
 class QLoRALinear(LoRALinear):
