@@ -2,7 +2,7 @@
 
     python benchmarks/record_fsdp_qlora.py
 
-writes workshop_utils/recorded_fsdp_qlora.json, which notebook 08 shows. About 40 minutes on two idle cores; needs
+writes workshop_utils/recorded_fsdp_qlora.json, which notebook 08 shows. About 25 minutes on two idle cores; needs
 `python -m workshop_utils fetch`. Each run is a small file in build/fsdp_qlora, named by its settings; what is there is
 not run again, so the command goes on where it was interrupted. `--only strategies` (or settings, stability) runs one part.
 
@@ -38,7 +38,7 @@ TARGET = ROOT / "workshop_utils/recorded_fsdp_qlora.json"
 RUNS = ROOT / "build/fsdp_qlora"
 WORLD_SIZE, BATCH_SIZE, LORA_ALPHA_PER_R = 2, 8, 2
 SEEDS = (0, 1, 2)
-MEASURED_STEPS, STABILITY_STEPS = 4, 20
+MEASURED_STEPS, STABILITY_STEPS = 4, 16
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,20 @@ def kind_by_kind(units, world_size):
     return (world_size - 1) * gathers // world_size + (world_size - 1) * reduces // world_size
 
 
+# 8.4 a configuration for 8B on two GPUs of 16 GB
+
+
+def choice(strategy, method, largest, *, checkpointing=True, offload=False, batch_size=1):
+    return {
+        "strategy": strategy,
+        "method": method,
+        "checkpointing": checkpointing,
+        "offload": offload,
+        "batch_size": batch_size,
+        "largest": largest,
+    }
+
+
 WRONG = {
     "8.1": [
         (adam_for_the_base, r"optimizer is .*The base is frozen"),
@@ -252,9 +266,30 @@ WRONG = {
         (only_what_is_trained, r"must be gathered"),
         (three_times_everything, r"3 times each unit"),
     ],
+    "8.4": [
+        (choice("fsdp", "full", "optimizer"), r"does not fit: .*optimizer .*Against optimizer"),
+        (choice("fsdp", "lora", "parameters"), r"does not fit: .*Against parameters: fewer bits"),
+        (
+            choice("fsdp", "qlora", "activations", checkpointing=False),
+            r"does not fit: .*Against activations: checkpointing",
+        ),
+        (choice("ddp", "lora", "parameters"), r"does not fit"),
+        (choice("fsdp", "full", "temporary", offload=True), r"the host needs \d+ GB .* and has 64"),
+        (choice("fsdp", "qlora", "activations"), r"activations are not the largest kind: .* logits"),
+        (choice("fsdp", "lora", "logits", offload=True), r"it fits, .*times as long as the best"),
+        (
+            choice("ddp", "qlora", "logits", offload=True),
+            r"the planner refuses these settings: offload is FSDP",
+        ),
+        (choice("single", "qlora", "logits"), r"strategy is 'single', expected one of ddp"),
+        (choice("fsdp", "qlora", "memory"), r"largest is 'memory', expected one of parameters"),
+        ({"strategy": "fsdp", "method": "qlora"}, r"missing: batch_size, checkpointing, largest, offload"),
+        ("fsdp", r"expected a dict"),
+    ],
 }
 RIGHT = {
     "8.1": [in_a_loop, rounded_up],
     "8.2": [with_a_buffer],
     "8.3": [kind_by_kind],
+    "8.4": [choice("ddp", "qlora", "logits"), choice("zero2", "qlora", "logits")],
 }

@@ -1,13 +1,13 @@
 """Checks of notebook 08, FSDP and QLoRA. What communicates runs on real ranks, in several worlds.
 
 n is the world size. Bytes of an answer are judged against formulas that are written here once more, or against what
-the ranks were counted to send; 8.4 asks the planner (memory_plan.py).
+the ranks were counted to send; 8.4 asks the planner (capstone.py).
 """
 
 import torch
 import torch.distributed as dist
 
-from workshop_utils.checks import Wrong, exercise, expect_number
+from workshop_utils.checks import Wrong, capstone, exercise, expect_number
 from workshop_utils.checks.replicas import in_worlds
 from workshop_utils.collectives import ring_all_gather, ring_reduce_scatter
 from workshop_utils.point_to_point import count_traffic
@@ -284,3 +284,12 @@ def _explain_sent(call, got, counted, units, n):
     for value, reason in reasons:
         if abs(got - value) < 0.5:
             raise Wrong(f"{call}: your number of bytes is {got:,.0f}, counted were {counted:,}. {reason}")
+
+
+# 8.4 Choose, and defend it
+
+
+@exercise("8.4")
+def check_configuration(answer):
+    """`answer` is {"strategy", "method", "checkpointing", "offload", "batch_size", "largest"}: the planner judges."""
+    return capstone.judge(answer)
