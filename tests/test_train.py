@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from workshop_utils import train as script
+from workshop_utils import train_tasks
 from workshop_utils.checkpoints import KEEP
 from workshop_utils.data import MNIST
 
@@ -22,7 +23,7 @@ LIMIT_S = 120
 @pytest.fixture
 def one_process(monkeypatch, capsys):
     """Run the script in this process; returns (exit status, what it printed)."""
-    monkeypatch.setattr(script, "load_data", lambda device: few_images())
+    monkeypatch.setattr(train_tasks, "load_data", lambda device: few_images())
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -199,7 +200,7 @@ def test_a_checkpoint_of_other_images_is_refused(tmp_path, one_process, monkeypa
         more.test_labels,
         "noise",
     )
-    monkeypatch.setattr(script, "load_data", lambda device: more)
+    monkeypatch.setattr(train_tasks, "load_data", lambda device: more)
     status, said = one_process(*arguments)
     assert status == 2 and "num_images 64, not 128" in said
 
@@ -257,6 +258,6 @@ def test_a_mistake_in_the_model_keeps_its_traceback(one_process, monkeypatch):
         def forward(self, images):
             return images @ self.weight
 
-    monkeypatch.setitem(script.MODELS, "mlp", (Broken, "Linear"))
+    monkeypatch.setitem(train_tasks.DIGIT_MODELS, "mlp", (Broken, "Linear"))
     with pytest.raises(RuntimeError):
         script.main(["--steps", "1"])

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: whole, written in one piece, the same for every strategy. Notebook 03 uses them.
 
 A checkpoint is one file, `step_00000040.pt`, with the state of model and optimizer as one process would have it.
-So a run that was sharded over four ranks can go on with two, or with one. Rank 0 writes; all read, so several hosts
+So a run that was sharded over four ranks can go on with two, or with one. Frozen parameters are left out: whoever goes on
+has them from where they came. Rank 0 writes; all read, so several hosts
 need a folder that all of them see. A file appears under its name only when all of it is on the disk, and the newest two are kept:
 whatever is killed, and whenever, there is one to go on from.
 
@@ -10,6 +11,7 @@ For models that no single host can hold, torch.distributed.checkpoint writes a f
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 KEEP = 2
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; the others get an empty one
+_TRAINED = replace(_WHOLE, ignore_frozen_params=True)
 
 
 class CheckpointError(RuntimeError):
@@ -32,8 +35,10 @@ class CheckpointError(RuntimeError):
 
 def save_checkpoint(folder: Path, step: int, settings: dict, model, optimizer) -> None:
     """Write the state after `step` steps. `settings` are those that a run which goes on from here has to share."""
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_WHOLE)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
     if _rank() == 0:
+        for name in _frozen(model) & model_state.keys():  # torch leaves the second name of a tied one
+            del model_state[name]
         content = {"step": step, "settings": settings, "model": model_state, "optimizer": optimizer_state}
         target = folder / f"step_{step:08}.pt"
         unfinished = target.with_suffix(".unfinished")
@@ -66,7 +71,7 @@ def load_newest(folder: Path, settings: dict, model, optimizer) -> int:
         optimizer,
         model_state_dict=content["model"],
         optim_state_dict=content["optimizer"],
-        options=StateDictOptions(full_state_dict=True),
+        options=StateDictOptions(full_state_dict=True, strict=not _frozen(model)),
     )
     return content["step"]
 
@@ -78,6 +83,12 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """The names of parameters without gradient, each of a tied one, without DDP's prefix."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name.removeprefix("module.") for name, p in parameters if not p.requires_grad}
 
 
 def _find_newest(folder: Path, settings: dict) -> Path | None:

@@ -1,7 +1,12 @@
-"""The training of notebooks 03 and 04 as a script: one process, DDP or FSDP, on one machine or on many.
+"""The training of notebooks 03, 04 and 08 as a script: one process, DDP or FSDP, on one machine or on many.
 
     python -m workshop_utils.train --strategy single
     torchrun --standalone --nproc-per-node=4 -m workshop_utils.train --strategy ddp
+    torchrun --standalone --nproc-per-node=2 -m workshop_utils.train \
+        --model smollm2 --strategy fsdp --lora-r 8 --quantize nf4 --checkpoint-dir records
+
+The first two train a classifier of digits. The last teaches SmolLM2, held in 4 bits and sharded, to write a sentence as
+a JSON record: a LoRA adapter is trained, and its checkpoints hold the adapter only (train_tasks.py has both tasks).
 
 torchrun starts the processes and tells each its rank in environment variables. Everything else is here: the group
 (nccl where each process has a GPU, otherwise gloo), the wrapping, the share of the batch, checkpoints.
@@ -28,7 +33,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from workshop_utils.checkpoints import (
@@ -38,13 +42,9 @@ from workshop_utils.checkpoints import (
     save_checkpoint,
     weights_sha256,
 )
-from workshop_utils.data import MNIST, load_mnist
-from workshop_utils.models import MLP, SmallViT
+from workshop_utils.language_model import LanguageModelNotFetched, check_files, model_folder
 from workshop_utils.point_to_point import gloo_bytes_sent
-from workshop_utils.training import draw_batches
-
-# model -> how to make it, and which of its modules are FSDP's units
-MODELS = {"mlp": (MLP, "Linear"), "vit": (SmallViT, "EncoderBlock")}
+from workshop_utils.train_tasks import MODELS
 
 
 @dataclass
@@ -64,10 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
         options = parse(arguments)  # what is wrong with the command line is said once
     if problem := problem_with(options):
         end(2, problem if rank == 0 else None)
-    device = join_group(options)
     try:
-        run, model, data = train(options, device)
-        tell(options, run, model, data)
+        if options.model == "smollm2":
+            check_files(model_folder(), hashes=False)
+        device = join_group(options)
+        run, model, task = train(options, device)
+        tell(options, run, model, task)
+    except LanguageModelNotFetched as error:
+        end(2, str(error) if told("LOCAL_RANK", 0) == 0 else None)  # each host has a cache of its own
     except CheckpointError as error:
         end(2, str(error) if rank == 0 else None)
     except OSError as error:
@@ -114,25 +118,44 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m workshop_utils.train",
         usage="%(prog)s [options]\n       torchrun --standalone --nproc-per-node=4 -m workshop_utils.train [options]",
-        description="Train a classifier of handwritten digits on one process or on many.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a classifier of digits, or SmolLM2 to write JSON records, on one process or on many.",
     )
     add = parser.add_argument
-    add("--strategy", choices=["single", "ddp", "fsdp"], default="single", help="who holds what")
-    add("--model", choices=list(MODELS), default="mlp", help="what is trained")
-    add("--steps", type=positive, default=200, help="training steps, counted from the beginning")
-    add("--batch-size", type=positive, default=256, help="images in a step, all ranks together")
-    add("--learning-rate", type=float, default=1e-3, help="Adam's")
-    add("--seed", type=int, default=0, help="of the first weights and of the order of the images")
+    add("--strategy", choices=["single", "ddp", "fsdp"], default="single", help="who holds what (single)")
+    add("--model", choices=list(MODELS), default="mlp", help="what is trained (mlp)")
+    add("--steps", type=positive, help="training steps, counted from the beginning (200; smollm2: 40)")
+    add(
+        "--batch-size",
+        type=positive,
+        help="images or records in a step, all ranks together (256; smollm2: 8)",
+    )
+    add("--learning-rate", type=float, help="Adam's (0.001; smollm2: 0.0004)")
+    add(
+        "--lora-r",
+        type=positive,
+        metavar="R",
+        help="smollm2: train a LoRA adapter with this r, not all weights",
+    )
+    add(
+        "--quantize",
+        choices=["none", "nf4"],
+        default="none",
+        help="smollm2: how the frozen layers are held (none)",
+    )
+    add("--seed", type=int, default=0, help="of the first weights and of the order of the samples (0)")
     add("--checkpoint-dir", type=Path, help="where checkpoints are; a run goes on from the newest")
-    add("--checkpoint-every", type=positive, default=50, metavar="STEPS", help="and one at the end")
-    add("--timeout-s", type=positive, default=60, help="how long a rank waits for another")
+    add("--checkpoint-every", type=positive, default=50, metavar="STEPS", help="and one at the end (50)")
+    add("--timeout-s", type=positive, default=60, help="how long a rank waits for another (60)")
     add(
         "--report",
         type=Path,
         help="rank 0 writes losses, times, bytes and a hash of the weights there (JSON)",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, default in MODELS[options.model].DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    return options
 
 
 def positive(text: str) -> int:
@@ -153,6 +176,11 @@ def problem_with(options: argparse.Namespace) -> str | None:
         )
     if options.batch_size < world_size:
         return f"--batch-size {options.batch_size} leaves nothing to do for some of {world_size} ranks"
+    if options.model != "smollm2" and (options.lora_r or options.quantize != "none"):
+        given = "--lora-r" if options.lora_r else "--quantize"
+        return f"{given} is for --model smollm2: {options.model} is small enough to be trained whole"
+    if options.quantize != "none" and not options.lora_r:
+        return "--quantize freezes the layers, so nothing could learn: give --lora-r too, for instance --lora-r 8"
     try:
         if options.report:
             options.report.open("a").close()
@@ -198,15 +226,16 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def wrap(model: nn.Module, options: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The model as the strategy trains it. It does not know that it is parallel."""
+def wrap(task, options: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The task's model as the strategy trains it. It does not know that it is parallel."""
+    model = task.model
     if options.strategy == "ddp":
         from torch.nn.parallel import DistributedDataParallel
 
         wrapped = DistributedDataParallel(model)
         # DDP orders its buckets anew after its first backward, and another order sums to other last bits. Done before
         # the first step, a run that goes on from a checkpoint sums as one that never stopped.
-        wrapped(torch.zeros(1, 784, device=device)).sum().backward()
+        task.warm_up(wrapped).backward()
         wrapped.zero_grad()
         return wrapped
     if options.strategy == "fsdp":
@@ -215,7 +244,7 @@ def wrap(model: nn.Module, options: argparse.Namespace, device: torch.device) ->
 
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in model.modules():
-            if type(module).__name__ == MODELS[options.model][1]:
+            if type(module).__name__ == task.unit_type:
                 fully_shard(module, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     return model
@@ -224,14 +253,15 @@ def wrap(model: nn.Module, options: argparse.Namespace, device: torch.device) ->
 # ----------------------------------------------------------------------------- the training
 
 
-def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Module, MNIST]:
+def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Module, object]:
     """All steps that are still to be done, from the newest checkpoint on."""
-    data = load_data(device)
     torch.manual_seed(options.seed)
-    model = wrap(MODELS[options.model][0]().to(device), options, device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate)
+    task = MODELS[options.model](options, device)
+    model = wrap(task, options, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=options.learning_rate)
     settings = {name: getattr(options, name) for name in ("model", "batch_size", "learning_rate", "seed")}
-    settings["num_images"] = len(data.train_images)
+    settings |= task.settings
     run = Run()
     if options.checkpoint_dir:
         run.resumed_at = load_newest(options.checkpoint_dir, settings, model, optimizer)
@@ -240,60 +270,44 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Mo
             f"{options.checkpoint_dir} is at step {run.resumed_at} already, and --steps is {options.steps}: "
             "ask for more steps, or choose another --checkpoint-dir"
         )
-    batches = draw_batches(len(data.train_images), options.batch_size, options.steps, options.seed)
     quiet = True if place()[0] else None  # None: a bar if somebody looks at a terminal
     with tqdm(total=options.steps, initial=run.resumed_at, unit="step", disable=quiet) as bar:
-        for step, batch in enumerate(batches, start=1):
+        for step, batch in enumerate(task.batches(options.steps), start=1):
             if step <= run.resumed_at:
                 continue
-            timed_step(run, model, optimizer, data, batch)
+            timed_step(run, model, optimizer, task, batch)
             bar.update()
             if options.checkpoint_dir and (step == options.steps or step % options.checkpoint_every == 0):
                 save_checkpoint(options.checkpoint_dir, step, settings, model, optimizer)
-    return run, model, data
+    return run, model, task
 
 
-def load_data(device: torch.device) -> MNIST:
-    """The images, on the device. Rank 0 says from where."""
-    with contextlib.redirect_stdout(io.StringIO()) if place()[0] else contextlib.nullcontext():
-        data = load_mnist()
-    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    return MNIST(*(tensor.to(device) for tensor in tensors), data.source)
-
-
-def timed_step(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, data: MNIST, batch: Tensor
-) -> None:
+def timed_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, task, batch) -> None:
     """`train_share`, with its loss, its seconds and its bytes noted."""
     sent, began_s = gloo_bytes_sent(), time.perf_counter()
-    run.losses.append(train_share(model, optimizer, data, batch))
+    run.losses.append(train_share(model, optimizer, task, batch))
     run.step_s.append(time.perf_counter() - began_s)
     if sent is not None:
         run.bytes_sent = (run.bytes_sent or 0) + gloo_bytes_sent() - sent
 
 
-def train_share(model: nn.Module, optimizer: torch.optim.Optimizer, data: MNIST, batch: Tensor) -> float:
-    """One step on this rank's share of the batch, indices [B]. Returns the mean loss of the whole batch."""
+def train_share(model: nn.Module, optimizer: torch.optim.Optimizer, task, batch) -> float:
+    """One step on this rank's share of the batch. Returns the mean loss of the whole batch."""
     rank, world_size = place()
-    share = batch[rank::world_size]
     optimizer.zero_grad()
-    total = F.cross_entropy(model(data.train_images[share]), data.train_labels[share], reduction="sum")
-    # DDP and FSDP divide by the number of ranks. Shares may differ by one image, so a mean of means would be wrong.
-    (total * world_size / len(batch)).backward()
+    total, count = task.loss_sum(model, batch, rank, world_size)
+    # DDP and FSDP divide by the number of ranks. Shares may differ in size, so a mean of means would be wrong.
+    (total * world_size / count).backward()
     optimizer.step()
-    return float(add_up(total.detach())) / len(batch)
+    return float(add_up(total.detach())) / count
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: MNIST) -> float:
-    """The share of test images that are right, each counted once. Every rank does equally many forwards."""
-    rank, world_size = place()
+def accuracy(model: nn.Module, task) -> float:
+    """The share of the test set that is right, each sample counted once."""
     model.eval()
-    images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]
-    pieces = -(-len(data.test_images) // world_size // 1000) + 1
-    parts = zip(images.tensor_split(pieces), labels.tensor_split(pieces))
-    right = sum((model(part).argmax(dim=1) == wanted).sum() for part, wanted in parts)
-    return float(add_up(right)) / len(data.test_images)
+    right, count = task.num_right(model, *place())
+    return float(add_up(right)) / count
 
 
 def add_up(value: Tensor) -> Tensor:
@@ -306,7 +320,7 @@ def add_up(value: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- the result
 
 
-def tell(options: argparse.Namespace, run: Run, model: nn.Module, data: MNIST) -> None:
+def tell(options: argparse.Namespace, run: Run, model: nn.Module, task) -> None:
     """Rank 0 prints one line and writes the report. All must call."""
     rank, world_size = place()
     result = {
@@ -317,7 +331,7 @@ def tell(options: argparse.Namespace, run: Run, model: nn.Module, data: MNIST) -
         "backend": dist.get_backend() if dist.is_initialized() else None,
         "steps": options.steps,
         "resumed_at": run.resumed_at,
-        "accuracy": accuracy(model, data),
+        "accuracy": accuracy(model, task),
         "weights_sha256": weights_sha256(model),
         "bytes_sent": from_all_ranks(run.bytes_sent),
         "losses": run.losses,
