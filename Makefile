@@ -36,18 +36,28 @@ lab: setup  ## a quick check of this machine, then JupyterLab on the first noteb
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# Two files at a time, in the order of tests/conftest.py: many tests wait for processes to start. One thread each: two
-# workers with a thread per core would wait for each other at every matrix product. What tests deadlines runs before, alone.
-ALONE := $(PY) -m pytest tests
-TOGETHER := OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+# What tests deadlines runs first, alone. Then the notebooks and all the rest run side by side, because both often wait for
+# processes to start; with one thread each, or they would wait for each other at every matrix product. Two processes of
+# pytest, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
+PYTEST := $(PY) -m pytest tests
 
 test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
-	@$(ALONE) -m alone
-	@$(TOGETHER) -m "not alone"
+	@$(PYTEST) -m alone
+	@$(MAKE) --no-print-directory -j2 test-package test-notebooks
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
-	@$(ALONE) -m "alone and not browser and not slow"
-	@$(TOGETHER) -m "not alone and not notebooks and not slow"
+	@$(PYTEST) -m "alone and not browser and not slow"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not slow"
+
+.PHONY: test-package test-notebooks
+test-package:
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
+
+# into a file, which is shown at the end: two reports on one screen cannot be read
+test-notebooks:
+	@mkdir -p build
+	@OMP_NUM_THREADS=1 $(PYTEST) -m notebooks > build/test-notebooks.txt 2>&1; status=$$?; \
+	  cat build/test-notebooks.txt; exit $$status
 
 .PHONY: lint
 lint: setup

@@ -28,11 +28,6 @@ def ranks5(_sets, monkeypatch):
     return ranks
 
 
-def pytest_collection_modifyitems(items):
-    """The notebooks first: they take half of the time, on one of two workers, while the other does all the rest."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
-
-
 def pytest_terminal_summary(terminalreporter):
     """The seconds of each part of the suite, above pytest's last line."""
     seconds_s = {}
