@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab run test test-fast notebooks solutions bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast notebooks solutions bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lab: setup  ## a quick check of this machine, then JupyterLab on the first noteb
 	@$(PY) -m workshop_utils doctor --quick || \
 	  echo "The lab opens all the same; notebook 00 shows these checks again."
 	@$(PY) -m jupyterlab $(LAB_OPTIONS) $$([ "$$(id -u)" = 0 ] && echo --allow-root)
+
+fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache, once (93 MB or 273 MB)
+	@$(PY) -m workshop_utils fetch
 
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py

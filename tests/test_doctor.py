@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from workshop_utils import __main__ as command_line
-from workshop_utils import data, doctor, mnist_download
+from workshop_utils import data, doctor, language_model, mnist_download
 from workshop_utils.doctor import check, environment, machine, trial
 
 Usage = namedtuple("Usage", "total used free")
@@ -253,6 +253,23 @@ def test_damaged_digits(no_data, monkeypatch):
 
 def test_digits_are_the_known_ones(no_data):
     assert trial.check_data().status == "ok"
+
+
+def test_model_that_is_not_fetched_is_a_warning(no_data, monkeypatch):
+    monkeypatch.setattr(language_model, "model_folder", lambda: no_data / "model")
+    found = trial.check_language_model()
+    assert found.status == "warn" and "make fetch" in found.cure
+
+
+def test_truncated_model(no_data, monkeypatch):
+    files = {name: {"bytes": 3, "sha256": ""} for name in language_model.REQUIRED_FILES}
+    (no_data / language_model.MANIFEST_FILE).write_text(json.dumps({"files": files}))
+    for name in files:
+        (no_data / name).write_text("abc")
+    monkeypatch.setattr(language_model, "model_folder", lambda: no_data)
+    assert trial.check_language_model().status == "ok"
+    (no_data / language_model.WEIGHTS_FILE).write_text("ab")
+    assert_fails(trial.check_language_model(), "model.safetensors has 2 bytes, expected 3")
 
 
 def test_rank_that_fails_is_named_with_its_error(monkeypatch):

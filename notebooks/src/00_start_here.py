@@ -286,11 +286,10 @@ progress()
 # | [04](04_fully_sharded_data_parallel.ipynb) | How do N devices hold a model that fits on none of them, and what does that cost? | 50 |
 # | [05](05_lora.ipynb) | How few parameters can a new task be learned with? | 45 |
 # | [06](06_intrinsic_dimension.ipynb) | How many directions does a task really need, and is LoRA one way to pick them? | 50 |
+# | [07](07_qlora.ipynb) | How few bits can the frozen part live in? | 45 |
+# | [08](08_fsdp_and_qlora.ipynb) | What can I fine-tune on the small GPUs I have? | 45 |
 #
-# In preparation, in this order:
-#
-# - How few bits can the frozen part live in?
-# - What can I fine-tune on the small GPUs I have?
+# The last two fine-tune a language model. `make fetch` brings it, once: do that while the network is good.
 
 # %% [markdown]
 # ## Recap

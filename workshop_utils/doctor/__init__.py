@@ -11,7 +11,7 @@ from dataclasses import asdict
 from workshop_utils.doctor.check import Check
 from workshop_utils.doctor.environment import check_python, check_torch, check_versions, check_widgets
 from workshop_utils.doctor.machine import check_cores, check_disk, check_gpu, check_memory, check_ports
-from workshop_utils.doctor.trial import check_all_reduce, check_data
+from workshop_utils.doctor.trial import check_all_reduce, check_data, check_language_model
 
 CHECKS = [
     check_python,
@@ -24,6 +24,7 @@ CHECKS = [
     check_gpu,
     check_ports,
     check_data,
+    check_language_model,
     check_all_reduce,
 ]
 

