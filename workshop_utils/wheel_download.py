@@ -5,6 +5,7 @@ not installed. Its bytes and SHA-256 are pinned here, so a mirror must have the 
 """
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -136,10 +137,10 @@ def _ask_pip() -> str | None:
 
 
 def _output(command: list[str], stdin: str = "") -> str:
+    quick = {**os.environ, "UV_HTTP_RETRIES": "0", "UV_HTTP_TIMEOUT": "10"}
+    options = {"input": stdin, "env": quick, "capture_output": True, "text": True}
     try:
-        return subprocess.run(
-            command, input=stdin, capture_output=True, text=True, timeout=ASK_LIMIT_S, check=False
-        ).stdout
+        return subprocess.run(command, check=False, timeout=ASK_LIMIT_S, **options).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
