@@ -18,6 +18,7 @@ Bytes are bytes. `activations` is what autograd keeps between forward and backwa
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -114,7 +115,10 @@ def run(settings: Settings) -> dict | None:
         model = distribute(model, settings)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0, foreach=False)
-        return train(model, optimizer, tokenizer, settings)
+        found = train(model, optimizer, tokenizer, settings)
+    del model, trained, optimizer
+    gc.collect()  # hooks make cycles: the next run needs the memory
+    return found
 
 
 def make_model(settings: Settings):

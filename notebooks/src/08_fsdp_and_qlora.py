@@ -150,7 +150,7 @@ from workshop_utils.memory import held_bytes, record_activations
 from workshop_utils.model_specs import ModelSpec
 from workshop_utils.ring_in_fsdp import use_ring_reduce_scatter
 
-NUM_LAYERS = 6 if PROFILE == "quick" else 30
+NUM_LAYERS, BATCH_SIZE = (6, 2) if PROFILE == "quick" else (30, 8)
 
 
 def first_layers():
@@ -188,11 +188,10 @@ from workshop_utils.probes import sent_bytes
 from workshop_utils.records import training_batches
 
 
-def my_share(tokenizer, steps=1, batch_size=4):
-    """This rank's part of each step's batch of sentences."""
-    rank, n = dist.get_rank(), dist.get_world_size()
-    batches = training_batches(steps, batch_size, tokenizer, seed=0)
-    return [{name: tensor.chunk(n)[rank] for name, tensor in batch.items()} for batch in batches]
+def my_share(tokenizer):
+    """This rank's part of a batch of sentences."""
+    (batch,) = training_batches(1, BATCH_SIZE, tokenizer, seed=0)
+    return {name: tensor.chunk(dist.get_world_size())[dist.get_rank()] for name, tensor in batch.items()}
 
 
 # %%
@@ -200,7 +199,7 @@ def hold_and_send(method):
     """What this rank holds after a step by kind, what it sent in one, and the shape of its batch."""
     model, tokenizer = adapted(method)
     shard_(model)
-    (batch,) = my_share(tokenizer)
+    batch = my_share(tokenizer)
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-4, foreach=False)
     sent = sent_bytes(lambda: model(**batch, use_cache=False).loss.backward())
     adam.step()
@@ -335,14 +334,14 @@ for storage in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
     changed[name] = (got != quantized.packed).float().mean().item() if same_size else 1.0
     print(f"{changed[name]:.1%} of them changed" if same_size else "their number is wrong")
     if same_size:
-        seen[f"stored as {name}"] = dequantize_nf4(replace(quantized, packed=got))[:96, :96]
-figure = figures.plot_arrivals("A corner of down_proj, dequantised", {"the weight": weight[:96, :96]} | seen)
+        seen[f"stored as {name}"] = dequantize_nf4(replace(quantized, packed=got))[:40, :40]
+figure = figures.plot_arrivals("A corner of down_proj, dequantised", {"the weight": weight[:40, :40]} | seen)
 plt.show()
 compare_guess("storage dtypes that arrive intact under bf16", sum(share == 0 for share in changed.values()))
 
 # %% [markdown]
 # uint8 and bf16 arrive. float32 arrives as half as many bytes, so the next reshape fails: loud. float16 is the bad one:
-# the size is right, no line raises, and the weights are noise, on the same scale and with the same histogram as before.
+# the size is right, no line raises, and the weights are noise on the scale of weights.
 # Training will even "work": the adapter learns what it can on top of noise.
 #
 # The rule: *the storage dtype is an integer, or it is `param_dtype`.* Scales must not be cast either. Our `NF4Linear`
@@ -406,7 +405,7 @@ def beside_one_process(make, steps):
     shard_(sharded)
     frozen = [p for p in sharded.parameters() if not p.requires_grad]
     before = [p.to_local().clone() for p in frozen]
-    batches = list(training_batches(steps, 4, tokenizer, seed=0))
+    batches = list(training_batches(steps, BATCH_SIZE, tokenizer, seed=0))
     alone, together = train(one, batches, [0, 1]), train(sharded, batches, [dist.get_rank()])
     for loss in together:
         dist.all_reduce(loss)
@@ -448,7 +447,7 @@ for name, make in {"ours": partial(adapted, "qlora"), "bitsandbytes": librarys}.
 
 
 # %% tags=["exercise-8.3", "nbval-ignore-output"]
-def bytes_sent_per_step(units, world_size):
+def bytes_of_a_step(units, world_size):
     """Bytes sent by each rank. units: [(frozen bytes, trained bytes, times that it is gathered), ...]."""
     ### BEGIN SOLUTION
     # ~ # TODO: gathers of all, one reduce-scatter of what is trained, (n-1)/n of each
@@ -460,7 +459,7 @@ def bytes_sent_per_step(units, world_size):
     ### END SOLUTION
 
 
-check("8.3", bytes_sent_per_step)
+check("8.3", bytes_of_a_step)
 
 # %% [markdown]
 # **Predict.** QLoRA gathers codes, LoRA the weights in float32 here. How many times less does a step send with QLoRA than
@@ -472,7 +471,7 @@ check("8.3", bytes_sent_per_step)
 my_guess_sent = 4
 ### END SOLUTION
 guess("full / QLoRA, bytes sent", my_guess_sent)
-bytes_sent_per_step = mine("bytes_sent_per_step")
+bytes_of_a_step = mine("bytes_of_a_step")
 
 
 def parts_of(method):
@@ -485,9 +484,9 @@ def parts_of(method):
     sizes = [
         [sum(p.nbytes for p in ps if p.requires_grad is t) for t in (False, True)] + [g] for ps, g in units
     ]
-    frozen = bytes_sent_per_step([(f, 0, g) for f, t, g in sizes], 2)
+    frozen = bytes_of_a_step([(f, 0, g) for f, t, g in sizes], 2)
     gathered = sum(g * t for f, t, g in sizes) / 2
-    reduced = bytes_sent_per_step(sizes, 2) - frozen - gathered
+    reduced = bytes_of_a_step(sizes, 2) - frozen - gathered
     return dict(zip(figures.PARTS, (frozen, gathered, reduced)))
 
 
@@ -495,8 +494,363 @@ def parts_of(method):
 parts = {method: parts_of(method) for method in ("full", "lora", "qlora")}
 figure = figures.plot_sent(f"A step of SmolLM2, {NUM_LAYERS} layers, float32, two ranks", parts, sent)
 plt.show()
-for method in parts:
-    print(f"{method:6} sent {sent[method]:>12,} bytes, formula {sum(parts[method].values()):>14,.0f}")
+for method, summands in parts.items():
+    print(f"{method:6} sent {sent[method]:>12,} bytes, formula {sum(summands.values()):>14,.0f}")
 compare_guess("full / QLoRA, bytes sent", sent["full"] / sent["qlora"])
 ddp = plan_memory(spec, "ddp", 2, method="qlora", precision="fp32", **shape).traffic_bytes
 print(f"data parallel with QLoRA would send {ddp / 1e6:.1f} MB")
+
+# %% [markdown]
+# Full fine-tuning gathers twice and reduces everything; LoRA's gradients are next to nothing, but its base is gathered as
+# before; QLoRA's base is gathered in 4 bits. In all three the embedding is gathered once, whole, in 16 or 32 bits: with
+# so small a model it is half of QLoRA's traffic.
+#
+# The last line is worth a thought. Where the whole model *fits* on each GPU, data parallel sends the adapter's gradients
+# and nothing else. FSDP buys memory with bytes sent, and 4 bits may have made the purchase unnecessary.
+#
+# ## One setting at a time
+#
+# FSDP with LoRA on all of SmolLM2, and one thing changed. **Predict.** Which of these saves most bytes on a rank: NF4,
+# checkpointing, bf16? Which costs most time?
+
+# %% tags=["nbval-ignore-output"]
+import json
+from importlib import resources
+
+recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_fsdp_qlora.json").read_text())
+print("recorded with", recorded["command"], "on", recorded["machine"], "on", recorded["recorded"])
+figure = figures.plot_settings("FSDP with LoRA on SmolLM2, two ranks, 8 sentences", recorded["settings"])
+plt.show()
+for row in recorded["settings"]:
+    losses = ", ".join(f"{loss:.3f}" for loss in row["losses"])
+    print(f"{row['changed']:26} losses {losses}; {row['gathers']} gathers")
+
+# %% [markdown]
+# Grey bars did not change. The losses say which settings change nothing but cost: units, offload, checkpointing, resharding
+# and accumulation leave them as they were, up to rounding. bf16 and NF4 change what is computed.
+#
+# On a CPU there is nothing to offload *to*: that row shows what it costs to ask for it. On a GPU the states leave the
+# card, and each gather comes over PCIe first.
+#
+# | setting | lines | must agree with | what breaks if it does not |
+# |---|---|---|---|
+# | mixed precision | 2 | storage dtype of codes; `compute_dtype` of 4-bit layers | weights become noise, silently if sizes agree |
+# | wrapping policy | 2 | the model's block class; tied weights in one unit | a unit for all: no memory saved; a weight used outside its unit: "storage of size 0" |
+# | checkpointing | 1 to 2 | non-reentrant, before `fully_shard`; input gradients with a frozen embedding | no gradients at all, or each block gathered a third time |
+# | offload | 1 | host memory; pinned memory; an optimizer for the CPU | a host that swaps, or is killed |
+# | accumulation | 2 | gradient sync off for all parts but the last; loss divided | gradients whole on each rank, if the sync is off |
+# | NF4 | 3 | all of the above; seeds of the adapter | see above |
+#
+# **In which order?** First 4 bits and LoRA: they cost least and save most. Then checkpointing, because activations are
+# what no strategy divides. Then FSDP, if it still does not fit. Then shorter batches and accumulation. Offload last.
+#
+# ### Extra · The same on your machine  (3 min)
+
+# %% tags=["extra", "nbval-ignore-output"]
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from workshop_utils.probes import count_collectives, take_turns
+
+
+def one_setting(checkpointing=False, **options):
+    """(seconds of a step, most bytes whole at a time) of this rank."""
+    model, tokenizer = adapted("lora")
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()  # the embedding is frozen: without this no block would run again
+    shard_(model, **options)
+    batch = my_share(tokenizer)
+
+    def step():
+        model(**batch, use_cache=False).loss.backward()
+
+    return take_turns({"": step}, 3)[""], count_collectives(model, step).peak_bytes
+
+
+# %% tags=["extra", "nbval-ignore-output"]
+bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+changes = {
+    "nothing": {},
+    "checkpointing": {"checkpointing": True},
+    "kept whole": {"reshard_after_forward": False},
+}
+changes |= {"bf16": {"mp_policy": bf16}, "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}}
+for name, change in changes.items() if PROFILE == "full" else ():
+    step_s, peak = ranks.run(one_setting, **change)[0]
+    print(f"{name:14} {step_s:.2f} s a step, {peak / 1e6:4.0f} MB whole at most")
+
+# %% [markdown]
+# ## Memory against stability
+#
+# Some savings cost accuracy. Which? QLoRA under FSDP on the sentences of 07, the same three seeds for each change.
+#
+# **Predict.** Which of these will keep the loss from falling: gradients reduced in bf16; adapter and Adam in bf16; r = 2; a
+# learning rate of 2e-3?
+
+# %% tags=["nbval-ignore-output"]
+groups = {
+    "precision": ["learning rate 4e-4, r = 8", "reduced in bf16", "adapter and Adam in bf16", "LoRA on bf16"],
+    "learning rate": ["learning rate 4e-4, r = 8", "learning rate 1e-4", "learning rate 2e-3"],
+    "r": ["learning rate 4e-4, r = 8", "r = 2", "r = 32"],
+}
+figure = figures.plot_stability(
+    "QLoRA under FSDP, two ranks: one change at a time, a line for each seed", recorded["stability"], groups
+)
+plt.show()
+print(f"{'':26} {'MB stay':>8} {'mean of the last 3 losses':>26} {'worst seed':>11} {'highest':>8}")
+for name, megabytes, mean, best, worst, highest in figures.stability_table(recorded["stability"]):
+    print(f"{name:26} {megabytes:8.1f} {mean:26.3f} {worst:11.3f} {highest:8.2f}")
+
+# %% [markdown]
+# STABILITY READING
+#
+# ## Three cases
+#
+# Settings that people have run, and what the planner says of each. A "24 GB" card has 24 GiB; 1.3 of them are CUDA's.
+
+# %% tags=["nbval-ignore-output"]
+rows = """ViT-L, full, 1 GPU:      vit-l single 1 full
+ViT-L, full, FSDP:          vit-l fsdp 2 full
+ViT-L, full, FSDP, ckpt:    vit-l fsdp 2 full checkpointing
+8B, LoRA, FSDP, ckpt:       llama-8b fsdp 2 lora checkpointing
+8B, QLoRA, FSDP, ckpt:      llama-8b fsdp 2 qlora checkpointing
+8B, QLoRA, DDP, ckpt:       llama-8b ddp 2 qlora checkpointing
+70B, QLoRA, FSDP, ckpt:     llama-70b fsdp 2 qlora checkpointing
+70B, QLoRA, FSDP, offload:  llama-70b fsdp 2 qlora checkpointing offload"""
+case_plans, budgets_gib = {}, {"ViT-L": 8, "8B": 16, "70B": 24}
+for name, words in (row.split(": ") for row in rows.splitlines()):
+    model, strategy, n, method, *switches = words.split()
+    size = {"batch_size": 32} if model == "vit-l" else {"length": 2048}
+    size |= dict.fromkeys(switches, True)
+    case_plans[name] = plan_memory(model, strategy, int(n), method=method, **size)
+figure = plot_plans("On two GPUs: ViT-L (32 images), 8B and 70B (2,048 tokens)", case_plans)
+plt.show()
+for name, plan in case_plans.items():
+    card = budgets_gib[name.split(",")[0]]
+    fits = "fits" if plan.fits(card * 2**30) else "does not fit"
+    print(f"{name:26} {fits:12} {card:2} GB; sends {plan.traffic_bytes / 1e9:6.2f} GB a step", end=", ")
+    print(f"host {plan.host_bytes / 1e9:5.1f} GB, {plan.compute_s:.2f} s + {plan.communication_s:.2f} s")
+
+# %% [markdown]
+# - **ViT-L on 2 x 8 GB.** What fills the card is activations: one GPU with checkpointing would do, and two give twice the
+#   images. FSDP is needed for larger batches only.
+# - **8B on 2 x 16 GB.** LoRA on bf16 fits under FSDP, QLoRA fits without sharding anything.
+# - **70B on 2 x 24 GB.** 4 bits alone are 35 GB. Sharded it needs about 30 GB on each, PEFT's documentation measures
+#   35.6; with offload it fits: predicted 10 GB, published 14.9 GiB reserved (fsdp_qlora, 2 x 3090) and 19.6 GB (PEFT),
+#   whose host held 107 GB.
+#
+# ## When does the link decide?
+#
+# In 04 a step was half communication where tokens per GPU times the link's bandwidth equalled the GPU's speed. Now the
+# gathers are in 4 bits and the gradients are gone.
+#
+# **Predict.** 8B on two A100s over PCIe 4, nothing overlapped. From how many tokens on does QLoRA under FSDP
+# communicate for less than half of its step?
+
+# %% tags=["nbval-ignore-output"]
+### BEGIN SOLUTION
+# ~ my_guess_tokens = None
+my_guess_tokens = 500
+### END SOLUTION
+guess("tokens from which QLoRA computes longer than it sends", my_guess_tokens)
+from workshop_utils.network import LINKS
+
+tokens, lines = [64 * 2**k for k in range(9)], {}
+for label, strategy, method, link in (
+    ("full, FSDP, PCIe 4", "fsdp", "full", "PCIe 4 x16"),
+    ("LoRA, FSDP, PCIe 4", "fsdp", "lora", "PCIe 4 x16"),
+    ("QLoRA, FSDP, PCIe 4", "fsdp", "qlora", "PCIe 4 x16"),
+    ("QLoRA, FSDP, 10 Gb/s", "fsdp", "qlora", "10 Gb/s Ethernet"),
+    ("QLoRA, DDP, 10 Gb/s", "ddp", "qlora", "10 Gb/s Ethernet"),
+):
+    plans = [plan_memory("llama-8b", strategy, 2, method=method, length=t, link=LINKS[link]) for t in tokens]
+    lines[label] = tokens, [plan.communication_s / plan.serial_step_s for plan in plans]
+half = next(t for t, share in zip(*lines["QLoRA, FSDP, PCIe 4"]) if share < 0.5)
+figure = figures.plot_shares(
+    "Llama 8B on two A100s: communication, nothing overlapped", lines, {"half": half}
+)
+plt.show()
+compare_guess("tokens from which QLoRA computes longer than it sends", half, "tokens")
+
+# %% [markdown]
+# The planner's A100 reaches 40% of its peak; a slower card moves all lines to the left. What to do where the link decides,
+# in this order:
+#
+# 1. Do not shard what fits: DDP or ZeRO-2 with QLoRA send only adapters.
+# 2. More tokens for each gather: longer batches, or accumulation with `set_reshard_after_backward(False)` between parts.
+# 3. Keep units whole after forward (`reshard_after_forward=False`), where there is room: one gather less.
+# 4. Shard within the machine and replicate between machines (HSDP, notebook 04).
+#
+# fsdp_qlora's authors measured this for 7B with LoRA: two 3090s on narrow slots took 1,199 s with FSDP and 881 s with DDP, two
+# 4090s on x16 slots 481 and 437.
+#
+# ## Your turn: choose, and defend it
+#
+# ### Exercise 8.4 · 8B on 2 x 16 GB  (★★★, 8 min)
+#
+# Two GPUs of 16 GB, PCIe 4, a host with 64 GB. Llama 8B is to learn from texts of 4,096 tokens, at least one on each GPU
+# in a step. Choose strategy ("ddp", "zero1", "zero2", "fsdp"), method ("full", "lora", "qlora"), checkpointing, offload
+# and batch_size (on each GPU). To show that you know why, name the `largest` kind of bytes in your plan: one of
+# parameters, gradients, optimizer, activations, logits, temporary. Budget: at most 1.25 times the seconds per token of
+# the best configuration that fits. The check asks the planner.
+
+# %% [markdown] tags=["hints-8.4"]
+# 1. `plan_memory("llama-8b", "fsdp", 2, method="qlora", length=4096).by_kind()` shows what fills the card. Try the widget
+#    above with 4,096 tokens.
+# 2. Without checkpointing the activations of 4,096 tokens are 22 GiB by themselves. And LoRA on bf16 has 7.5 GiB of
+#    parameters even when sharded.
+# 3. QLoRA with checkpointing fits under FSDP, and even under DDP. Offload is not needed, and costs. What is largest then
+#    are the scores and their gradients, 128,256 for each token.
+
+# %% tags=["exercise-8.4", "nbval-check-output"]
+### BEGIN SOLUTION
+# ~ my_configuration = None  # {"strategy": ..., "method": ..., "checkpointing": ..., "offload": ..., ...}
+my_configuration = {
+    "strategy": "fsdp",
+    "method": "qlora",
+    "checkpointing": True,
+    "offload": False,
+    "batch_size": 1,
+    "largest": "logits",
+}
+### END SOLUTION
+check("8.4", my_configuration)
+
+# %% tags=["nbval-ignore-output"]
+chosen = dict(mine("my_configuration"))
+chosen.pop("largest")
+yours = {"your choice": plan_memory("llama-8b", chosen.pop("strategy"), 2, length=4096, **chosen)}
+without = chosen | {"offload": False}
+for strategy in ("ddp", "fsdp"):
+    yours[f"{strategy}, same method"] = plan_memory("llama-8b", strategy, 2, length=4096, **without)
+figure = plot_plans("Llama 8B on two GPUs of 16 GB, 4,096 tokens each", yours)
+plt.show()
+for name, plan in yours.items():
+    print(
+        f"{name:18} {plan.traffic_bytes / 1e9:5.2f} GB sent, {plan.serial_step_s:.2f} s if nothing overlaps"
+    )
+
+# %% [markdown]
+# More than one configuration is right. Under DDP it fits as well, and sends sixty times less; under FSDP there is a GiB
+# more room, for a longer text or a larger r. The largest kind is none that this workshop has divided: scores. Losses
+# that never form all scores at once (chunked, or fused with the head) take them away.
+#
+# ## Run it for real
+#
+# The same training as a script, for two ranks here or eight GPUs there, with checkpoints of the adapter:
+
+# %% tags=["nbval-ignore-output"]
+import subprocess
+import sys
+
+command = "-m torch.distributed.run --standalone --nproc-per-node=2 -m workshop_utils.train"
+command += " --model smollm2 --strategy fsdp --lora-r 8 --quantize nf4 --steps 4"
+print("torchrun --nproc-per-node=2" + command.partition("--nproc-per-node=2")[2])
+if PROFILE == "full":
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, timeout=300, check=False
+    )
+    print(done.stdout[-1500:] or done.stderr[-1500:])
+
+# %% [markdown]
+# ## Read this error
+#
+# bitsandbytes' layer, its codes stored as float32, and `param_dtype` bf16: the loud half of the trap.
+
+# %% tags=["nbval-ignore-output"]
+# %%ranks --expect-error --deadline 60
+import logging, warnings
+
+logging.disable(logging.WARNING)
+warnings.filterwarnings("ignore")
+import bitsandbytes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+storage = {
+    "quant_storage": torch.float32,
+    "compute_dtype": torch.bfloat16,
+    "bias": False,
+    "quant_type": "nf4",
+}
+layer = bitsandbytes.nn.Linear4bit(128, 64, **storage).to("cpu")
+policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+fully_shard(layer, mesh=init_device_mesh("cpu", (world_size,)), mp_policy=policy)
+layer(torch.rand(4, 128))
+
+# %% [markdown]
+# **What it says.** A shape that is "invalid for input of size" half of what it should be, deep inside bitsandbytes.
+#
+# **What happened.** 4,096 bytes of codes were 1,024 float32 numbers; FSDP made 1,024 bf16 numbers of them, 2,048 bytes.
+#
+# **The cure.** `quant_storage=torch.bfloat16`, the policy's own dtype, or uint8. In `transformers` it is
+# `bnb_4bit_quant_storage`, and PEFT's documentation asks for it to equal `torch_dtype`.
+#
+# ## What is possible today
+#
+# All of it once more, measured: SmolLM2, 8 sentences a step, float32, one thread for each process.
+
+# %% tags=["nbval-ignore-output"]
+table = {(row["strategy"], row["method"]): row for row in recorded["strategies"]}
+print(f"{'':15} {'MB stay':>8} {'activations':>12} {'MB sent':>8} {'s a step':>9}   loss of the last step")
+for (strategy, method), row in table.items():
+    stays, saved_mb = sum(row["held_bytes"].values()) / 1e6, row["activations_bytes"] / 1e6
+    print(
+        f"{strategy + ', ' + method:15} {stays:8,.0f} {saved_mb:9,.0f} MB {row['sent_bytes'] / 1e6:8,.1f}",
+        end=" ",
+    )
+    print(f"{row['step_s']:9.2f}   {row['losses'][-1]:.4f}")
+for method in ("full", "lora", "qlora"):
+    losses = [row["losses"] for (_, m), row in table.items() if m == method]
+    assert all(abs(a - b) < 5e-3 for other in losses for a, b in zip(losses[0], other, strict=True)), method
+print("for each method the same losses, whatever the strategy")
+
+# %% [markdown]
+# | | lines changed | ways to fail | choose it when |
+# |---|---|---|---|
+# | single | 0 | out of memory | it fits, and time is no matter |
+# | DDP | 3, and a sampler | unused parameters, uneven batches (03) | it fits on each GPU |
+# | FSDP | about 6 | units, tied weights, gathers out of order (04) | states or weights do not fit |
+# | + LoRA | 1 | learning rate, target modules (05) | the task is near what the model knows |
+# | + QLoRA | 2 | storage dtype, merging into 4 bits (07, 08) | the frozen weights are what does not fit |
+#
+# **What comes next** is at work on the rest of the bar: [torchao](https://github.com/pytorch/ao) keeps weights in 4 bits as
+# tensors of its own that `fully_shard` knows how to gather, with no disguise;
+# [torchtitan](https://github.com/pytorch/torchtitan) combines FSDP with tensor and pipeline parallelism; chunked losses
+# ([Liger](https://github.com/linkedin/Liger-Kernel)) remove the scores.
+#
+# ## Recap
+#
+# - A plan needs shapes and formulas only. Measured here, it is right to a percent; on GPUs leave room for the allocator.
+# - FSDP divides weights and states, LoRA removes states, 4 bits shrink weights. Nothing divides activations: checkpoint.
+# - Codes travel as integers, or disguised as `param_dtype`. Anything else is noise, and may be silent.
+# - Sharded QLoRA equals one process, and gathers an eighth of float32's bytes. What fits whole is better not sharded.
+# - Then tune the learning rate: it breaks more runs than 4 bits do.
+#
+# **The end of the series.** From one step of one network to a model that fits on no GPU you own. Take your own model's
+# `config.json`, and ask: `python -m workshop_utils plan path/to/config.json`.
+#
+# **References.** Dettmers et al. 2023, *QLoRA*, [arXiv:2305.14314](https://arxiv.org/abs/2305.14314) · Zhao et al. 2023,
+# *PyTorch FSDP*, [arXiv:2304.11277](https://arxiv.org/abs/2304.11277) · Rajbhandari et al. 2020, *ZeRO*,
+# [arXiv:1910.02054](https://arxiv.org/abs/1910.02054) · Korthikanti et al. 2022, *Reducing activation recomputation*,
+# [arXiv:2205.05198](https://arxiv.org/abs/2205.05198) ·
+# [fsdp_qlora](https://github.com/AnswerDotAI/fsdp_qlora) · [PEFT with
+# FSDP](https://huggingface.co/docs/peft/accelerate/fsdp) ·
+# [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)
+
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Begin with the widget and a model that somebody in the room wants to train. 8.1 goes quickly; give
+# the time to 8.2, where `to` in place of `view` is what people write, and show the picture of the noise before you say
+# which dtype it was. End with 8.4 in pairs: each pair defends its choice against another one that fits. If time is
+# short, skip "Memory against stability" and the settings; nothing later needs them.
+
+# %% tags=["key-figures", "nbval-ignore-output"]
+ranks.stop()
+print(f"bytes that stay, full / QLoRA under FSDP: {stay['full'] / stay['qlora']:.1f}", end="; ")
+print(f"bytes sent: {sent['full'] / sent['qlora']:.1f}")
+print(
+    f"losses of two ranks and one process: ours {apart['ours']:.0e}, bitsandbytes {apart['bitsandbytes']:.0e} apart"
+)
+print(f"Llama 8B on two GPUs, QLoRA under FSDP: sends less than it computes from {half} tokens on")
+close = sum(abs(row.error) <= 0.15 for row in published)
+print(f"{close} of {len(published)} published figures predicted within 15%")

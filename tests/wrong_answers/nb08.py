@@ -167,7 +167,7 @@ def with_a_buffer(codes, param_dtype, all_gather):
     return torch.cat([whole[i * step : i * step + codes.numel()] for i in range(dist.get_world_size())])
 
 
-# 8.3 bytes_sent_per_step
+# 8.3 bytes_of_a_step
 
 
 def gathers_once(units, world_size):

@@ -208,7 +208,7 @@ UNITS = {  # (frozen bytes, trained bytes, gathers); all divide by 2 to 8
 
 
 @exercise("8.3", needs_ranks=True)
-def check_bytes_sent_per_step(answer, ranks):
+def check_bytes_of_a_step(answer, ranks):
     """`answer(units, world_size)`: bytes that each rank sends in a step; a unit is (frozen, trained, gathers)."""
     for n, counted in in_worlds(ranks, _on_rank_step, None, smallest=2):
         for name, num_bytes in counted[0].items():
