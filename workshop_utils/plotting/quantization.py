@@ -113,7 +113,7 @@ def _draw_quantization(figure: Figure, name: str, block_size: int, outlier: floa
 
 
 def plot_error_by_block(panels: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
-    """Mean squared error against the block size, a panel per kind of weight: {panel: {format: {block size: error}}}."""
+    """Relative squared error against the block size, a panel per kind of weight: {panel: {format: {block size: error}}}."""
     figure, axes = plt.subplots(1, len(panels), figsize=(7.2, 3.4), sharey=True, squeeze=False)
     for ax, (title, formats) in zip(axes[0], panels.items()):
         for name, errors in formats.items():
@@ -128,7 +128,7 @@ def plot_error_by_block(panels: Mapping[str, Mapping[str, Mapping[int, float]]])
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(lambda error, _: f"{error:g}")
         ax.grid(True, axis="y")
-    axes[0][0].set_ylabel("mean squared error")
+    axes[0][0].set_ylabel("squared error / squared weight")
     axes[0][0].legend(loc="upper left")
     return figure
 
