@@ -86,14 +86,14 @@ def fp4_levels() -> Tensor:
     return torch.cat([-magnitudes.flip(0), magnitudes]) / 12
 
 
-@cache
-def _dynamic_levels() -> Tensor:
+@cache  # for each device: a layer in training asks for them twice a step
+def _dynamic_levels(device: torch.device) -> Tensor:
     decades = range(7)
     positive = []
     for decade in decades:  # the i-th has 2**i values, evenly spread between 10**(i-7) and 10**(i-6)
         edges = torch.linspace(0.1, 1, 2**decade + 1)
         positive += (10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    return torch.tensor(sorted([*positive, *(-value for value in positive), 0.0, 1.0]))
+    return torch.tensor(sorted([*positive, *(-value for value in positive), 0.0, 1.0]), device=device)
 
 
 def dynamic_levels() -> Tensor:
@@ -103,7 +103,7 @@ def dynamic_levels() -> Tensor:
     large ones are fine-grained. Dettmers 2015, "8-Bit Approximations for Parallelism in Deep Learning"
     (arXiv:1511.04561); the QLoRA paper says FP8 in this place, bitsandbytes takes these.
     """
-    return _dynamic_levels().clone()
+    return _dynamic_levels(torch.device("cpu")).clone()
 
 
 def quantize_blockwise(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -238,13 +238,13 @@ def quantize_absmax_again(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks of 256 with `dynamic_levels`.
     """
     mean = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    codes, scale = quantize_blockwise(absmax - mean, _dynamic_levels(), ABSMAX_BLOCK)
+    codes, scale = quantize_blockwise(absmax - mean, _dynamic_levels(absmax.device), ABSMAX_BLOCK)
     return codes, scale, mean
 
 
 def dequantize_absmax_codes(codes: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
     """The inverse of quantize_absmax_again, float32 [K]."""
-    return dequantize_blockwise(codes, scale, _dynamic_levels(), ABSMAX_BLOCK).add_(mean)
+    return dequantize_blockwise(codes, scale, _dynamic_levels(codes.device), ABSMAX_BLOCK).add_(mean)
 
 
 @cache
