@@ -99,35 +99,46 @@ def in_checkpoint(folder) -> dict:
 
 
 @pytest.mark.slow
-def test_sharded_nf4_trains_as_one_process_and_goes_on_on_another_number_of_ranks(
-    tmp_path, one_process, torchrun
-):
+def test_sharded_nf4_goes_on_where_one_process_stopped_and_back(tmp_path, one_process, torchrun):
+    folder = ("--checkpoint-dir", tmp_path / "c")
     one_process("--steps", 4, "--report", tmp_path / "one.json", *QLORA)
-    sharded = (*QLORA, "--strategy", "fsdp", "--checkpoint-dir", tmp_path / "c")
-    torchrun(2, *sharded, "--steps", 2, "--report", tmp_path / "two.json")  # 3 records and 2
-    halfway = in_checkpoint(tmp_path / "c")
-    assert all(".lora_" in name for name in halfway["model"]) and len(halfway["model"]) == 2 * 14
-    assert all(".lora_" in name for name in halfway["optimizer"]["state"])
-    status, said = one_process(
-        *QLORA, "--steps", 4, "--checkpoint-dir", tmp_path / "c", "--report", tmp_path / "rest.json"
-    )
-    one, two, rest = (read(tmp_path / f"{name}.json") for name in ("one", "two", "rest"))
-    assert status == 0 and "from 2 on" in said
-    assert two["losses"] + rest["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    one_process("--steps", 2, "--report", tmp_path / "begun.json", *QLORA, *folder)
+    sharded = ("--strategy", "fsdp", "--steps", 4, *QLORA, *folder)
+    torchrun(2, "--report", tmp_path / "two.json", *sharded)  # 3 records and 2
+    one, begun, two = (read(tmp_path / f"{name}.json") for name in ("one", "begun", "two"))
+    assert two["resumed_at"] == 2 and two["world_size"] == 2
+    assert begun["losses"] + two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert one["losses"][3] < one["losses"][0]
-    assert two["accuracy"] == 0 and two["world_size"] == 2
+    content = in_checkpoint(tmp_path / "c")
+    assert content["step"] == 4 and adapter_only(content)
+    one_process("--steps", 4, "--report", tmp_path / "back.json", *QLORA, *folder)
+    assert read(tmp_path / "back.json")["weights_sha256"] == two["weights_sha256"]
 
 
 @pytest.mark.slow
 def test_ddp_trains_as_one_process_with_an_adapter_on_full_weights(tmp_path, one_process, torchrun):
     lora = ("--model", "smollm2", "--lora-r", 4, "--batch-size", 5, "--steps", 3)
     one_process("--report", tmp_path / "one.json", *lora)
-    torchrun(2, "--strategy", "ddp", "--report", tmp_path / "two.json", *lora)
+    folder = ("--checkpoint-dir", tmp_path / "c")
+    torchrun(2, "--strategy", "ddp", "--report", tmp_path / "two.json", *lora, *folder)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     if sys.platform == "linux":
         adapter_bytes = 4 * sum(4 * (a + b) for a, b in layer_sizes()) * 2
         assert all(sent < 1.5 * adapter_bytes * 3 for sent in two["bytes_sent"])
+    assert adapter_only(in_checkpoint(tmp_path / "c"))
+    one_process(*lora, *folder, "--report", tmp_path / "back.json")
+    back = read(tmp_path / "back.json")
+    assert back["resumed_at"] == 3 and back["weights_sha256"] == two["weights_sha256"]
+
+
+def adapter_only(content: dict) -> bool:
+    names = content["model"].keys()
+    return (
+        len(names) == 2 * 14
+        and all(".lora_" in name and not name.startswith("module.") for name in names)
+        and names == content["optimizer"]["state"].keys()
+    )
 
 
 def layer_sizes() -> list[tuple[int, int]]:
