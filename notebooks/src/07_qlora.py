@@ -65,16 +65,6 @@ print(f"{num_parameters:,} parameters, {linear_weights:,} of them in linear laye
 # needs far fewer digits than one that is trained. For 7 billion parameters, 28 GB in float32 and 14 GB in bfloat16 could
 # be 3.6 GB. This is *QLoRA* ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)): LoRA on a base in four bits.
 #
-# **Predict.** The linear layers in 4 bits, the rest left in float32: how many MB will this model take?
-
-# %%
-### BEGIN SOLUTION
-# ~ my_guess = None  # MB
-my_guess = 150
-### END SOLUTION
-guess("MB of the model in four bits", my_guess)
-
-# %% [markdown]
 # ## How does a number fit into eight bits?
 #
 # *Quantising* replaces each number by the nearest of a few values and keeps that value's *code*. The simplest values
@@ -247,11 +237,10 @@ my_guess = 0.5
 ### END SOLUTION
 guess("error of NF4 over int4", my_guess)
 
-quantize_blocks = mine("quantize_blocks")  # yours if it passed
+quantize_blocks = mine("quantize_blocks")
 
 
-def dequantize_blocks(codes, absmax, levels, block_size):
-    """levels[code] times the absmax of its block, float32 [n]."""
+def dequantize_blocks(codes, absmax, levels, block_size):  # float32 [n]
     return levels[codes.int()] * absmax.repeat_interleave(block_size)[: len(codes)]
 
 
@@ -261,14 +250,12 @@ def squared_error(weight, levels, block_size):
     return ((back - weight).square().sum() / weight.square().sum()).item()
 
 
-def errors_of(weight):
-    sizes = (16, 64, 256, 1024, 4096, 65_536)
-    return {name: {n: squared_error(weight, levels, n) for n in sizes} for name, levels in formats.items()}
-
-
-panels = {"normal weights": errors_of(normal), "with one outlier of 50": errors_of(spoiled)}
-figure = figures.plot_error_by_block(panels)
+panels, sizes = {"normal weights": {}, "with one outlier of 50": {}}, (16, 64, 256, 1024, 4096, 65_536)
+for panel, w in zip(panels.values(), (normal, spoiled), strict=True):
+    for name, levels in formats.items():
+        panel[name] = {size: squared_error(w, levels, size) for size in sizes}
 on_normal = {name: errors[64] for name, errors in panels["normal weights"].items()}
+figure = figures.plot_error_by_block(panels)
 print("blocks of 64:", ", ".join(f"{name} {error:.5f}" for name, error in on_normal.items()))
 compare_guess("error of NF4 over int4", on_normal["NF4"] / on_normal["int4"])
 
@@ -283,16 +270,6 @@ from workshop_utils.widgets import quantization_explorer
 
 figure = figures.plot_quantization("NF4", block_size=64, outlier=20)
 plt.show()
-quantization_explorer("NF4", block_size=64, outlier=20)
-
-# %% [markdown]
-# Lines are the values that a block can hold. Drag the block size to 4,096: the outlier's block is now everybody's. Drag the
-# outlier to 0, and compare the formats.
-#
-# Does NF4 use its codes equally often, as the idea was? Count. The *entropy* of the codes says how many bits each one
-# really carries; 4 would be perfect.
-
-# %% tags=["nbval-check-output"]
 for name, levels in formats.items():
     codes, _ = quantize_blocks(normal, levels, 64)
     shares = torch.bincount(codes.int(), minlength=len(levels)) / len(codes)
@@ -300,8 +277,15 @@ for name, levels in formats.items():
     print(
         f"{name}: used between {shares.min():.1%} and {shares.max():.1%} of the time, {entropy:.1f} bits a code"
     )
+quantization_explorer("NF4", block_size=64, outlier=20)
 
 # %% [markdown]
+# Lines are the values that a block can hold. Drag the block size to 4,096: the outlier's block is now everybody's. Drag the
+# outlier to 0, and compare the formats.
+#
+# Does NF4 use its codes equally often, as the idea was? The last lines count. The *entropy* of the codes says how many bits
+# each of them really carries; 4 would be perfect.
+#
 # Nearly, not quite: the quantiles are those of a normal number, and here each number was divided by the largest of its
 # 64. The ends are used least.
 #
@@ -770,8 +754,16 @@ print(f"exact match before training: {right} of {len(test)}")
 # %% [markdown]
 # A record counts only if it is valid JSON with every key and every value right. The model cannot know which keys we want.
 # Now quantise it, and add LoRA. Codes become bfloat16 for the products, which is fast; A and B are float32.
+#
+# **Predict.** The linear layers in four bits, the embedding left in float32: how many of the 538 MB remain?
 
 # %% tags=["nbval-ignore-output"]
+### BEGIN SOLUTION
+# ~ my_guess = None  # MB
+my_guess = 150
+### END SOLUTION
+guess("MB of the model in four bits", my_guess)
+
 before_bytes = held_bytes(model.parameters())
 torch.manual_seed(0)
 qlora.apply_qlora(model, "all-linear", r=8, lora_alpha=16, compute_dtype=torch.bfloat16)
@@ -794,14 +786,14 @@ figure = figures.plot_bills("Training with Adam, activations left out", bills)
 #
 # Train: 8 sentences a step, AdamW at a rate of 4e-4, loss on the record alone. On the GPU if you have one.
 #
-# **Predict.** After how many steps will more than 90% of unseen records be right?
+# **Predict.** After 60 such steps, 480 sentences: how many unseen records will be right, in percent?
 
 # %% tags=["nbval-ignore-output"]
 ### BEGIN SOLUTION
-# ~ my_guess = None  # steps of 8 sentences
-my_guess = 100
+# ~ my_guess = None  # percent
+my_guess = 70
 ### END SOLUTION
-guess("steps to 90%", my_guess)
+guess("right after 60 steps", my_guess)
 
 began_s = time.perf_counter()
 steps = 5 if quick else 40
@@ -817,8 +809,8 @@ if not quick:
     print(f"exact match: {after['test']:.0%}; of the template that training never saw: {after['new']:.0%}")
 
 # %% [markdown]
-# The quick profile stops when the loss has begun to fall. The recorded runs went on, with the same seed and the same batches: QLoRA
-# and LoRA on the float32 base, ours and the libraries' (PEFT, bitsandbytes), from equal A and B.
+# The quick profile stops when the loss has begun to fall. The recorded runs went on, with the same batches: QLoRA, and LoRA
+# on the float32 base, ours and the libraries' (PEFT, bitsandbytes), all from equal A and B.
 #
 # **Predict.** How many points of exact match do the four bits cost in the end?
 
@@ -844,21 +836,18 @@ names = {
 }
 runs = {label: recorded["runs"][name] for label, name in names.items()}
 print("recorded with", recorded["command"], "on", recorded["machine"])
-figure = figures.plot_losses(
-    "Ours and the libraries', step by step", {k: run["losses"] for k, run in runs.items()}
-)
-plt.show()
-for kind in ("LoRA", "QLoRA"):
-    ours, theirs = (run["losses"] for label, run in runs.items() if label.startswith(f"{kind},"))
-    print(
-        f"{kind}: ours and theirs differ by at most {max(abs(a - b) for a, b in zip(ours, theirs, strict=True)):.3f}"
-    )
-here = zip(tuning.losses, runs["QLoRA, ours"]["losses"], strict=False)
-print(f"your {steps} steps and the recorded ones differ by at most {max(abs(a - b) for a, b in here):.3f}")
+curves = {label: run["losses"] for label, run in runs.items()}
+figure = figures.plot_losses("Ours and the libraries', step by step", curves)
 
 # %% tags=["nbval-ignore-output"]
+pairs = {"LoRA": ("LoRA, ours", "LoRA, peft"), "QLoRA": ("QLoRA, ours", "QLoRA, peft + bitsandbytes")}
+for kind, (ours, theirs) in pairs.items():
+    apart = max(abs(a - b) for a, b in zip(curves[ours], curves[theirs], strict=True))
+    print(f"{kind}: the losses of ours and theirs differ by at most {apart:.3f}")
+apart = max(abs(a - b) for a, b in zip(tuning.losses, curves["QLoRA, ours"], strict=False))
+print(f"your {steps} steps and the recorded ones differ by at most {apart:.3f}\n")
 print(
-    f"{'':27} {'model':>7} {'adapter':>8} {'Adam':>7} {'a step':>7} {'exact match':>12} {'new template':>13}"
+    f"{'':27} {'base':>7} {'adapter':>8} {'Adam':>7} {'a step':>7} {'exact match':>12} {'new template':>13}"
 )
 for label, run in runs.items():
     base_mb, adapter_mb = (run["model_bytes"] - run["adapter_bytes"]) / 1e6, run["adapter_bytes"] / 1e6
@@ -868,18 +857,28 @@ for label, run in runs.items():
         f" {match['test']:12.0%} {match['new_template']:13.0%}"
     )
 untrained = recorded["base"]["exact_match"]
-print(f"{'before training':27} {'':36} {untrained['test']:8.0%} {untrained['new_template']:13.0%}")
+print(f"{'before training':27} {'':34} {untrained['test']:8.0%} {untrained['new_template']:13.0%}")
+
+# %% tags=["nbval-ignore-output"]
+compare_guess("right after 60 steps", 100 * runs["QLoRA, ours"]["exact_match"]["test"], "%")
 cost = 100 * (runs["LoRA, ours"]["exact_match"]["test"] - runs["QLoRA, ours"]["exact_match"]["test"])
 compare_guess("points lost to four bits", cost, "points")
 seeds = [run["exact_match"]["test"] for name, run in recorded["runs"].items() if name[:10] == "qlora seed"]
 print("QLoRA, seeds:", ", ".join(f"{match:.0%}" for match in seeds))
 high = recorded["runs"]["qlora rate 2e-3 seed 0"]
-print(
-    f"at 2e-3: loss {max(high['losses'][10:]):.2f} at worst after step 10, exact match {high['exact_match']['test']:.0%}"
-)
+worst_loss = max(high["losses"][10:])
+print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high['exact_match']['test']:.0%}")
 
 # %% [markdown]
-# READING_RECORDED
+# Dashed over solid: two implementations that share no code, and one curve for each method. What is left between them is
+# the order of additions, in bfloat16 for QLoRA. First the form is learned, in a handful of steps, then copying the values.
+# The columns of exact match say what four bits cost; one test record is two points, so do not read more into them than
+# that. The last column is the sentence pattern that training never saw: another question, with its own answer.
+#
+# The frozen base shrank from 538 MB to 168. Do not take the seconds for a gain of four bits: QLoRA multiplies in bfloat16,
+# this LoRA in float32. Against LoRA in bfloat16, dequantising cost 5% here (0.65 and 0.62 s for 4 x 64 tokens on two
+# cores). The last line is a warning: the same run at five times the rate.
+
 
 # %% [markdown]
 # ## Inference: what is gained, what is lost
@@ -901,8 +900,7 @@ def tokens_per_s(model, count):
     inputs = tokenizer(records.prompt(sentence), return_tensors="pt").to(device)
     for length in (2, count):
         began_s = time.perf_counter()
-        limits = {"min_new_tokens": length, "max_new_tokens": length, "do_sample": False}
-        model.generate(**inputs, **limits, pad_token_id=tokenizer.pad_token_id)
+        model.generate(**inputs, min_new_tokens=length, max_new_tokens=length, do_sample=False)
     return count / (time.perf_counter() - began_s)
 
 
@@ -912,13 +910,7 @@ for name, kind in kinds.items():
     print(f"{name:17} {held_bytes(kind.parameters()) / 1e6:4.0f} MB, {speed[name]:5.1f} tokens per second")
 compare_guess("tokens per second, four bits over bfloat16", speed["NF4 + LoRA"] / speed["bfloat16, merged"])
 in_use = recording("inference")
-print(
-    "recorded with",
-    in_use["command"],
-    "on",
-    in_use["machine"],
-    f"({in_use['settings']['sequences']} sentences at once)",
-)
+print(f"\nrecorded with {in_use['command']}, {in_use['settings']['sequences']} sentences at once:")
 for name, row in in_use["speed"].items():
     print(f"{name:17} {row['model_bytes'] / 1e6:4.0f} MB, {row['tokens_per_s']:5.1f} tokens per second")
 
@@ -979,7 +971,7 @@ for name, row in in_use["merging"].items():
 #
 # ## Smaller optimizers
 #
-# Adam's moments can be kept in 8 bits as well, with blocks and the 256 levels that you met above
+# Adam's moments can be kept in 8 bits as well, with blocks and 256 levels like those above
 # ([Dettmers et al. 2021](https://arxiv.org/abs/2110.02861)). *Paged* optimizers keep them in memory that a GPU may push
 # to the host when it is full: a long sentence then costs time, not the run. Where do they exist, and what do they save?
 
@@ -987,26 +979,18 @@ for name, row in in_use["merging"].items():
 # %% tags=["nbval-ignore-output"]
 def moments_bytes(optimizer_cls, shape):
     """Bytes of optimizer state for one parameter after a step."""
-    parameter = nn.Parameter(torch.randn(shape))
+    parameter = nn.Parameter(torch.randn(shape, device=device))
     optimizer = optimizer_cls([parameter], lr=1e-3)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     return held_bytes(t for t in optimizer.state[parameter].values() if torch.is_tensor(t) and t.dim())
 
 
+for what, shape in (("a whole layer", (1024, 1024)), ("A, r = 8", (8, 576)), ("a small B", (192, 8))):
+    plain, small = (moments_bytes(cls, shape) for cls in (torch.optim.AdamW, bnb.optim.AdamW8bit))
+    print(f"{what:14} {list(shape)!s:12} AdamW {plain:>9,}, AdamW8bit {small:>9,} bytes")
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    for what, shape in (
-        ("a whole layer", (1024, 1024)),
-        ("A of one adapter", (8, 576)),
-        ("a small B", (192, 8)),
-    ):
-        sizes = {cls: moments_bytes(cls, shape) for cls in (torch.optim.AdamW, bnb.optim.AdamW8bit)}
-        print(
-            f"{what:16} {list(shape)!s:12}",
-            ", ".join(f"{cls.__name__} {n:,}" for cls, n in sizes.items()),
-            "bytes",
-        )
     moments_bytes(bnb.optim.PagedAdamW8bit, (1024, 1024))
 for name, row in in_use["optimizers"].items():
     print(f"recorded, all adapters, {name:22} {row.get('state_bytes', float('nan')) / 1e6:.1f} MB")
