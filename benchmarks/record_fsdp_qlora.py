@@ -141,7 +141,6 @@ def make_model(settings: Settings):
             parameter.data = parameter.data.to(getattr(torch, settings.state_dtype))
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     return model.train(), tokenizer
 
 

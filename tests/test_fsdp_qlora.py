@@ -185,13 +185,16 @@ def held_by_each(n):
 def bnb_forward(quant_storage, param_dtype):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    model = librarys(compute_dtype=BF16, quant_storage=quant_storage)
-    tokens = torch.arange(18).view(2, 9)
-    with torch.no_grad():
-        expected = copy.deepcopy(model)(input_ids=tokens).logits
-    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype))
-    got = model(input_ids=tokens).logits.float()
-    return ((got - expected).norm() / expected.norm()).item()
+    with sub_world(2) as inside:
+        if not inside:
+            return None
+        model = librarys(compute_dtype=BF16, quant_storage=quant_storage)
+        tokens = torch.arange(18).view(2, 9)
+        with torch.no_grad():
+            expected = copy.deepcopy(model)(input_ids=tokens).logits
+        shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=param_dtype))
+        got = model(input_ids=tokens).logits.float()
+        return ((got - expected).norm() / expected.norm()).item()
 
 
 # ----------------------------------------------------------------------------- tests
@@ -220,7 +223,7 @@ def test_not_a_bit_changes_under_bf16_mixed_precision(ranks5, which):
 def test_each_rank_holds_its_share_of_codes_and_scales(ranks5, n):
     sizes = ranks5.run(held_by_each, n)[:n]
     assert sum(held for held, _ in sizes) == sizes[0][1]
-    assert max(held for held, _ in sizes) < sizes[0][1] / n * 1.05
+    assert max(held for held, _ in sizes) < sizes[0][1] / n * 1.15  # torch cuts rows: shards differ by one
 
 
 TRAP = [  # storage, param_dtype, bytes that arrive of 960, or None where they arrive unchanged
@@ -246,7 +249,7 @@ def test_the_trap_codes_stored_as_another_float_than_param_dtype_are_cast(
 
 def test_the_trap_in_bitsandbytes(ranks5):
     """With another size it fails, with the same size it computes, and what it computes is nothing like the model."""
-    assert max(ranks5.run(bnb_forward, BF16, BF16)) < 0.05
-    assert min(ranks5.run(bnb_forward, FP16, BF16)) > 0.5
-    with pytest.raises(RankError, match="invalid for input of size|size|shape"):
+    assert max(ranks5.run(bnb_forward, BF16, BF16)[:2]) < 0.05
+    assert min(ranks5.run(bnb_forward, FP16, BF16)[:2]) > 0.5
+    with pytest.raises(RankError, match="invalid for input of size"):
         ranks5.run(bnb_forward, FP32, BF16)
