@@ -22,6 +22,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -130,7 +131,14 @@ def optimizers() -> dict:
             tensors, lr=LEARNING_RATE, weight_decay=0.0
         ),
     }
-    return {name: with_optimizer(make) for name, make in kinds.items()}
+    found = {}
+    for name, make in kinds.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found[name] = with_optimizer(make)
+        about_paging = [" ".join(str(warning.message).split()) for warning in said]
+        found[name]["note"] = next((text for text in about_paging if "aged" in text), "")
+    return found
 
 
 def with_optimizer(make) -> dict:
