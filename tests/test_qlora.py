@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from workshop_utils.lora import (
@@ -251,6 +252,22 @@ def test_autocast():
         loss = model(torch.randn(3, 30, requires_grad=True)).square().sum()
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in lora_parameters(model))
+
+
+def test_activation_checkpointing():
+    """It runs each forward twice, and lets backward read what was saved once."""
+    gradients = []
+    for use_reentrant in (None, False, True):
+        qlora, _ = pair()
+        x = torch.randn(3, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        if use_reentrant is None:
+            y = qlora(x)
+        else:
+            y = torch.utils.checkpoint.checkpoint(qlora, x, use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        gradients.append([x.grad, *(parameter.grad for parameter in lora_parameters(qlora))])
+    for plain, once, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, once) and torch.equal(plain, again)
 
 
 # ----------------------------------------------------------------------------- merging
