@@ -138,24 +138,28 @@ for row in published:
 #
 # **Predict.** How many times less does QLoRA hold than full fine-tuning, activations left out: 4, 8, 16 times?
 
-# %%
+# %% tags=["nbval-ignore-output"]
+import contextlib
 import warnings
 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from workshop_utils import lora
-from workshop_utils.language_model import load_language_model
+from workshop_utils.language_model import is_fetched, load_language_model
 from workshop_utils.memory import held_bytes, record_activations
 from workshop_utils.model_specs import ModelSpec
 from workshop_utils.ring_in_fsdp import use_ring_reduce_scatter
 
 NUM_LAYERS, BATCH_SIZE = (6, 2) if PROFILE == "quick" else (30, 8)
+if not is_fetched():
+    print("SmolLM2 is not fetched: a tiny random network stands in, and its bytes and losses mean little")
 
 
 def first_layers():
     """(SmolLM2 with its first layers, its embedding and its head, in float32; its tokenizer)."""
-    model, tokenizer = load_language_model(stand_in=True)
+    with contextlib.redirect_stdout(None):  # what stands in for it says so, on every rank
+        model, tokenizer = load_language_model(stand_in=True)
     model.model.layers = model.model.layers[:NUM_LAYERS]
     return model.train(), tokenizer
 
@@ -238,8 +242,6 @@ stay = {method: sum(list(kinds.values())[:3]) for method, kinds in held.items()}
 compare_guess("full / QLoRA, bytes that stay", stay["full"] / stay["qlora"])
 
 # %% tags=["nbval-ignore-output"]
-from workshop_utils.language_model import is_fetched
-
 for method, kinds in held.items():
     plan = planned[method].by_kind() | {"activations": planned[method].saved_bytes}
     for kind, got in kinds.items():
@@ -526,8 +528,9 @@ for row in recorded["settings"]:
     print(f"{row['changed']:26} losses {losses}; {row['gathers']} gathers")
 
 # %% [markdown]
-# Grey bars did not change. The losses say which settings change nothing but cost: units, offload, checkpointing, resharding
-# and accumulation leave them as they were, up to rounding. bf16 and NF4 change what is computed.
+# Grey bars did not change. The losses say which settings change nothing but cost: units, offload, checkpointing and
+# resharding leave them as they were. So does accumulation, but for one thing: the mean over parts weighs each part alike,
+# however many tokens it has. bf16 and NF4 change what is computed.
 #
 # On a CPU there is nothing to offload *to*: that row shows what it costs to ask for it. On a GPU the states leave the
 # card, and each gather comes over PCIe first.
@@ -615,14 +618,12 @@ ViT-L, full, FSDP, ckpt:    vit-l fsdp 2 full checkpointing
 8B, LoRA, FSDP, ckpt:       llama-8b fsdp 2 lora checkpointing
 8B, QLoRA, FSDP, ckpt:      llama-8b fsdp 2 qlora checkpointing
 8B, QLoRA, DDP, ckpt:       llama-8b ddp 2 qlora checkpointing
-70B, QLoRA, FSDP, ckpt:     llama-70b fsdp 2 qlora checkpointing
-70B, QLoRA, FSDP, offload:  llama-70b fsdp 2 qlora checkpointing offload"""
+70B, QLoRA, FSDP, ckpt:     llama-2-70b fsdp 2 qlora checkpointing
+70B, QLoRA, FSDP, offload:  llama-2-70b fsdp 2 qlora checkpointing offload"""
 case_plans, budgets_gib = {}, {"ViT-L": 8, "8B": 16, "70B": 24}
 for name, words in (row.split(": ") for row in rows.splitlines()):
     model, strategy, n, method, *switches = words.split()
-    size = (
-        {"batch_size": 32} if model == "vit-l" else {"length": 2048, "batch_size": 1 + (model == "llama-70b")}
-    )
+    size = {"batch_size": 32} if model == "vit-l" else {"length": 2048, "batch_size": 1 + ("70b" in model)}
     size |= dict.fromkeys(switches, True)
     case_plans[name] = plan_memory(model, strategy, int(n), method=method, **size)
 figure = plot_plans("ViT-L (32 images), 8B (2,048 tokens), 70B (2 x 2,048)", case_plans)

@@ -36,7 +36,7 @@ def plot_by_kind(
     for place, name, total, end in zip(places, rows, left, ends, strict=True):
         if name in marks:
             ax.plot([marks[name] / 1e6] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2)
-        ax.text(end + 0.012 * ends.max(), place, f"{total:,.0f} MB", va="center", fontsize=9)
+        ax.text(end + 0.012 * ends.max(), place, _megabytes(total), va="center", fontsize=9)
     ax.set(yticks=places, yticklabels=list(rows), xlabel="MB on each rank", title=title)
     ax.set_xlim(0, 1.16 * ends.max())
     ax.invert_yaxis()
@@ -84,7 +84,7 @@ def plot_sent(title: str, parts: dict[str, dict[str, float]], counted: dict[str,
     for place, name in zip(places, parts, strict=True):
         size = counted[name] / 1e6
         ax.plot([size] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=2)
-        ax.text(max(size, left[place]) + 0.012 * longest, place, f"{size:,.0f} MB", va="center", fontsize=9)
+        ax.text(max(size, left[place]) + 0.012 * longest, place, _megabytes(size), va="center", fontsize=9)
     ax.set(yticks=places, yticklabels=list(parts), xlabel="MB sent by one rank in a step", title=title)
     ax.set_xlim(0, 1.16 * longest)
     ax.invert_yaxis()
@@ -182,3 +182,7 @@ def plot_shares(title: str, lines: dict[str, tuple[list[int], list[float]]], mar
     ax.grid(True)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _megabytes(size: float) -> str:
+    return f"{size:,.0f} MB" if size >= 10 else f"{size:.2g} MB"
