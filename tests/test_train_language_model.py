@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from workshop_utils import language_model
+from workshop_utils import language_model, train_tasks
 from workshop_utils import train as script
 from workshop_utils.language_model import MANIFEST_FILE, sha256_of
 from workshop_utils.quantization import quantize_nf4
@@ -42,12 +42,22 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def one_process(home, monkeypatch, capsys):
+def tiny_model_cached(home, monkeypatch):
+    """This process finds the tiny model too."""
+    for name, value in home.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def task(tiny_model_cached):
+    return train_tasks.Records(script.parse([str(argument) for argument in QLORA]), torch.device("cpu"))
+
+
+@pytest.fixture
+def one_process(tiny_model_cached, monkeypatch, capsys):
     """Run the script in this process; returns (exit status, what it printed)."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in home.items():
-        monkeypatch.setenv(name, value)
 
     def leave(status, message=None):
         print(message or "", file=sys.stderr)
@@ -170,14 +180,17 @@ def test_the_loss_is_that_of_transformers_on_the_whole_batch(tmp_path, one_proce
     assert read(tmp_path / "one.json")["losses"] == pytest.approx([model(**batch).loss.item()], rel=1e-5)
 
 
-def test_accuracy_counts_answers_that_greedy_decoding_writes(home, monkeypatch):
-    """A model that knows the answers, but for one token in every fourth record."""
-    from workshop_utils import train_tasks
+@torch.no_grad()
+def test_shares_add_up_to_the_batch(task):
+    (batch,) = task.batches(1)
+    whole, tokens = task.loss_sum(task.model, batch, 0, 1)
+    shares = [task.loss_sum(task.model, batch, rank, 3) for rank in range(3)]
+    assert sum(float(total) for total, _ in shares) == pytest.approx(float(whole), rel=1e-5)
+    assert {count for _, count in shares} == {tokens}
 
-    for name, value in home.items():
-        monkeypatch.setenv(name, value)
-    options = script.parse(["--model", "smollm2", "--lora-r", "1"])
-    task = train_tasks.Records(options, torch.device("cpu"))
+
+def test_accuracy_counts_answers_that_greedy_decoding_writes(task):
+    """A model that knows the answers, but for one token in every fourth record."""
     seen = 0
 
     def knows(input_ids, attention_mask, use_cache):
@@ -210,12 +223,7 @@ def test_without_lora_all_weights_are_trained_and_saved(tmp_path, one_process):
     assert status == 0 and "model.embed_tokens.weight" in in_checkpoint(tmp_path)["model"]
 
 
-def test_quantised_layers_hold_what_quantize_nf4_gives(home, monkeypatch):
-    from workshop_utils import train_tasks
-
-    for name, value in home.items():
-        monkeypatch.setenv(name, value)
-    task = train_tasks.Records(script.parse([str(a) for a in QLORA]), torch.device("cpu"))
+def test_quantised_layers_hold_what_quantize_nf4_gives(task):
     model, _ = language_model.load_language_model()
     name = "model.layers.1.mlp.down_proj"
     base = task.model.get_submodule(name).base_layer
