@@ -1002,8 +1002,8 @@ for start in ("pre-trained", "random initialisation"):
 # - $d_{int90}$ has two baselines. Say which, say on which data, and average over seeds.
 # - At equal counts random directions beat LoRA's here; LoRA's steps are cheaper, and its change can be merged.
 #
-# **What breaks next.** Only a few numbers move, and the frozen $\theta_0$ is still held in 32 bits. How few bits can the frozen
-# part live in? That is notebook 07.
+# **What breaks next.** The frozen $\theta_0$ still takes 32 bits. How few can it live in?
+# [Notebook 07](07_qlora.ipynb).
 #
 # **References.** Li, Farkhoor, Liu, Yosinski, *Measuring the intrinsic dimension of objective landscapes*, 2018,
 # [arXiv:1804.08838](https://arxiv.org/abs/1804.08838), and
