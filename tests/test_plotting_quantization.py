@@ -112,14 +112,15 @@ def test_one_depth_is_enough():
 
 
 def test_a_library_is_dashed_over_ours():
-    runs = {f"{m}, {who}": [2.0, 1.0, 0.5] for m in ("LoRA", "QLoRA") for who in ("ours", "peft")}
-    figure = quantization.plot_losses("Loss", runs)
+    runs = {"ours": [2.0, 1.0, 0.5], "peft + bitsandbytes": [2.0, 1.0, 0.51]}
+    figure = quantization.plot_losses("Loss", {"LoRA, base in float32": runs, "QLoRA, base in NF4": runs})
     assert overlapping_texts(figure) == []
-    (ax,) = figure.axes
-    assert [line.get_label() for line in ax.lines] == list(runs)
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines}
-    assert len(looks) == 4
-    assert list(ax.lines[0].get_xdata()) == [1, 2, 3] and list(ax.lines[3].get_ydata()) == [2.0, 1.0, 0.5]
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["LoRA, base in float32", "QLoRA, base in NF4"]
+    for ax in figure.axes:
+        ours, theirs = ax.lines
+        assert list(ours.get_xdata()) == [1, 2, 3] and list(theirs.get_ydata()) == [2.0, 1.0, 0.51]
+        assert ours.get_linestyle() == "-" and theirs.get_linestyle() == "--"
+        assert ours.get_linewidth() > 2 * theirs.get_linewidth()
 
 
 def test_bills_are_stacked_and_summed():

@@ -5,7 +5,7 @@
 #
 # After this notebook you can
 #
-# - store a weight matrix in 4.127 bits per number, by hand and bit for bit as the library bitsandbytes does;
+# - store a weight matrix in 4.127 bits per number, by hand, with the same codes as the library bitsandbytes;
 # - say which sixteen values to keep, why in blocks, and what one outlier costs;
 # - write a linear layer that keeps codes instead of weights between forward and backward, and train LoRA beside it;
 # - teach a language model a new skill on this machine, and say what the four bits cost in accuracy, memory and time.
@@ -741,15 +741,15 @@ from workshop_utils import records
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = base.to(device)
-test = records.make_records(4 if quick else 100, split="test", seed=1)
+test = records.make_records(8 if quick else 100, split="test", seed=1)
 new_template = records.make_records(50, split="new_template", seed=1)
 sentence, record = test[0]
-written = records.generate_answers(model, tokenizer, [text for text, _ in test], batch_size=32)
-right = sum(records.parsed(text) == record for text, (_, record) in zip(written, test, strict=True))
+written = records.generate_answers(model, tokenizer, [text for text, _ in test[:8]])
+right = sum(records.parsed(text) == record for text, (_, record) in zip(written, test, strict=False))
 print("reads ", repr(records.prompt(sentence)))
 print("wanted", repr(records.answer(record)))
 print("writes", repr(written[0][:80]))
-print(f"exact match before training: {right} of {len(test)}")
+print(f"exact match before training: {right} of 8")
 
 # %% [markdown]
 # A record counts only if it is valid JSON with every key and every value right. The model cannot know which keys we want.
@@ -764,15 +764,20 @@ my_guess = 150
 ### END SOLUTION
 guess("MB of the model in four bits", my_guess)
 
+unseen = records.make_records(8 if quick else 48, split="test", seed=2)
 before_bytes = held_bytes(model.parameters())
+losses = {"before training, float32": records.mean_loss(model, tokenizer, unseen)}
 torch.manual_seed(0)
 qlora.apply_qlora(model, "all-linear", r=8, lora_alpha=16, compute_dtype=torch.bfloat16)
+losses["before training, four bits"] = records.mean_loss(model, tokenizer, unseen)
 frozen_bytes = held_bytes(p for p in model.parameters() if not p.requires_grad)
 compare_guess("MB of the model in four bits", frozen_bytes / 1e6, "MB")
 rest = model.get_input_embeddings().weight.nbytes
 trained_bytes = held_bytes(lora.lora_parameters(model))
 print(f"float32 {before_bytes / 1e6:.1f} MB, with linear layers in NF4 {frozen_bytes / 1e6:.1f} MB")
 print(f"of these, the embedding {rest / 1e6:.0f} MB, the linear layers {(frozen_bytes - rest) / 1e6:.0f} MB")
+for name, loss in losses.items():
+    print(f"loss on unseen records {name}: {loss:.2f}")
 bills["QLoRA"] = {
     "parameters": frozen_bytes + trained_bytes,
     "gradients": trained_bytes,
@@ -782,7 +787,8 @@ figure = figures.plot_bills("Training with Adam, activations left out", bills)
 
 # %% [markdown]
 # The linear layers went from 425 MB to 55. The embedding stays as it is: it is read row by row, and here it is the
-# output layer too. In a 7 B model it is 2 to 4% of all; in this small one, two thirds of what is left.
+# output layer too. In a 7 B model it has 2 to 4% of the numbers, in this small one 21%. Rounding is not
+# free: the loss on our task is higher than before. But then, training comes after rounding, and can make up for it.
 #
 # Train: 8 sentences a step, AdamW at a rate of 4e-4, loss on the record alone. On the GPU if you have one.
 #
@@ -832,15 +838,19 @@ names = {
     "LoRA, ours": "lora seed 0",
     "LoRA, peft": "peft lora seed 0",
     "QLoRA, ours": "qlora seed 0",
-    "QLoRA, peft + bitsandbytes": "peft bitsandbytes seed 0",
+    "QLoRA, peft + bnb": "peft bitsandbytes seed 0",
 }
 runs = {label: recorded["runs"][name] for label, name in names.items()}
 print("recorded with", recorded["command"], "on", recorded["machine"])
 curves = {label: run["losses"] for label, run in runs.items()}
-figure = figures.plot_losses("Ours and the libraries', step by step", curves)
+panels = {
+    "LoRA, base in float32": {"ours": curves["LoRA, ours"], "peft": curves["LoRA, peft"]},
+    "QLoRA, base in NF4": {"ours": curves["QLoRA, ours"], "peft + bnb": curves["QLoRA, peft + bnb"]},
+}
+figure = figures.plot_losses("The same batches, ours and the libraries'", panels)
 
 # %% tags=["nbval-ignore-output"]
-pairs = {"LoRA": ("LoRA, ours", "LoRA, peft"), "QLoRA": ("QLoRA, ours", "QLoRA, peft + bitsandbytes")}
+pairs = {"LoRA": ("LoRA, ours", "LoRA, peft"), "QLoRA": ("QLoRA, ours", "QLoRA, peft + bnb")}
 for kind, (ours, theirs) in pairs.items():
     apart = max(abs(a - b) for a, b in zip(curves[ours], curves[theirs], strict=True))
     print(f"{kind}: the losses of ours and theirs differ by at most {apart:.3f}")
@@ -870,7 +880,7 @@ worst_loss = max(high["losses"][10:])
 print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high['exact_match']['test']:.0%}")
 
 # %% [markdown]
-# Dashed over solid: two implementations that share no code, and one curve for each method. What is left between them is
+# Dashed over broad: two implementations that share no code, and one curve for each method. What is left between them is
 # the order of additions, in bfloat16 for QLoRA. First the form is learned, in a handful of steps, then copying the values.
 # The columns of exact match say what four bits cost; one test record is two points, so do not read more into them than
 # that. The last column is the sentence pattern that training never saw: another question, with its own answer.
@@ -944,9 +954,7 @@ compare_guess("update that survives rounding", left, "%")
 # adapter is lost. The same on the task, four ways: loss on unseen records.
 
 # %% tags=["nbval-ignore-output"]
-unseen = records.make_records(8 if quick else 48, split="test", seed=2)
 original = load_language_model(torch.float32, stand_in=True)[0].to(device)
-losses = {"before training": records.mean_loss(original, tokenizer, unseen)}
 with torch.no_grad():
     for name, layer in lora.lora_layers(model):
         original.get_submodule(name).weight += layer.delta_weight()
@@ -966,8 +974,8 @@ for name, row in in_use["merging"].items():
 
 # %% [markdown]
 # The good way is to dequantise, add, and keep the sum in 16 or 32 bits: `merge_qlora(model, dtype)`. Or do not merge: keep the
-# codes and the adapter apart. Four bits again give nearly the untrained loss. The original weights look tempting, and
-# are another base than the one the adapter learned beside: test before you do that.
+# codes and the adapter apart. Four bits again give nearly the loss before training. The original weights look tempting,
+# and are another base than the one the adapter learned beside: test before you do that.
 #
 # ## Smaller optimizers
 #
@@ -997,9 +1005,9 @@ for name, row in in_use["optimizers"].items():
 print("paged, here:", next((str(w.message) for w in said if "aged" in str(w.message)), "works"))
 
 # %% [markdown]
-# A quarter for a whole layer. For an adapter, next to nothing: small tensors (up to 4,096 numbers) stay in 32 bits, and
-# the moments of all adapters are MB, not GB. So 8 bits pay for full fine-tuning, not for QLoRA. Paged ones need CUDA; on a
-# CPU bitsandbytes falls back and says so. With QLoRA they guard against the peak of the activations, as the paper used them.
+# A quarter for a whole layer. Adapters gain less, because tensors of up to 4,096 numbers stay in 32 bits, and there is
+# little to gain: the moments of all adapters are 20 MB to begin with. So 8 bits pay for full fine-tuning, not for QLoRA.
+# Paged ones need CUDA; on a CPU bitsandbytes falls back and says so. The paper used them against the peaks of long texts.
 
 # %% [markdown] tags=["instructor"]
 # **For the instructor.** Code 7.2 and 7.5 live; 7.1, 7.3 and 7.4 are quick for a room. Before the outlier cell, let people
@@ -1028,7 +1036,7 @@ print(f"rounded to four bits again, {left:.1f}% of an update is left")
 # - One outlier ruins a tensor; in blocks it ruins 63 neighbours. NF4's levels follow the bell curve of real weights.
 # - Packed, and with the scales quantised too, it is 4.127 bits per number: codes equal to bitsandbytes', bit for bit.
 # - Autograd would keep every dequantised weight. A function that saves codes keeps one at a time.
-# - QLoRA is LoRA on the rounded weight: same gradients, same curves as the library's, nearly the same accuracy.
+# - QLoRA is LoRA on the rounded weight: the same gradients. Merge it into 16 bits or not at all, never into four.
 #
 # ## What breaks next
 #

@@ -157,30 +157,23 @@ def plot_errors_by_layer(
     return figure
 
 
-def plot_losses(title: str, runs: Mapping[str, Sequence[float]]) -> Figure:
-    """Loss of each step, logarithmic: {label: losses}. A label with "QLoRA" is teal, others slate.
+def plot_losses(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Loss of each step, logarithmic, a panel per method: {panel: {label: losses}}.
 
-    What a library did (a label with "peft") is a dashed light line on top, so that two equal curves are both seen.
+    The first of a panel is a broad line, the second a thin dashed one on top, so that two equal curves are both seen.
     """
-    figure, ax = plt.subplots(figsize=(7.2, 3.6))
-    for label, losses in runs.items():
-        library = "peft" in label.lower()
-        color = TEAL if "qlora" in label.lower() else SLATE
-        ax.plot(
-            np.arange(1, len(losses) + 1),
-            losses,
-            color=GOLD if library else color,
-            linestyle=(0, (4, 2)) if library else "-",
-            linewidth=1.4 if library else 3.2,
-            zorder=3 if library else 2,
-            marker="x" if library and color == TEAL else "",
-            markevery=4,
-            label=label,
-        )
-    ax.set(xlabel="step", ylabel="loss of the record", yscale="log", title=title)
-    ax.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
-    ax.grid(True, axis="y")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.2, 3.5), sharey=True, squeeze=False)
+    looks = [{"color": TEAL, "linewidth": 3.6}, {"color": INK, "linewidth": 1.3, "linestyle": (0, (4, 2))}]
+    for ax, (name, runs) in zip(axes[0], panels.items()):
+        for (label, losses), look in zip(runs.items(), looks):
+            ax.plot(np.arange(1, len(losses) + 1), losses, label=label, **look)
+        ax.set(xlabel="step", yscale="log")
+        ax.set_title(name, fontweight="normal")
+        ax.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+        ax.grid(True, axis="y")
+        ax.legend(loc="upper right")
+    axes[0][0].set_ylabel("loss of the record")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
