@@ -2,9 +2,10 @@
 
     python benchmarks/record_fsdp_qlora.py
 
-writes workshop_utils/recorded_fsdp_qlora.json, which notebook 08 shows. About 25 minutes on two idle cores; needs
-`python -m workshop_utils fetch`. Each run is a small file in build/fsdp_qlora, named by its settings; what is there is
-not run again, so the command goes on where it was interrupted. `--only strategies` (or settings, stability) runs one part.
+writes workshop_utils/recorded_fsdp_qlora.json, which notebook 08 shows. About half an hour on two idle cores; needs
+`python -m workshop_utils fetch`. Each run is a small file in build/fsdp_qlora, named by its settings. What is there is
+not run again, so the command goes on where it was interrupted; delete the folder after a change of what is trained.
+`--only strategies` (or settings, stability) runs one part.
 
 All runs teach the workshop's sentences (records.py), a global batch of 8, with AdamW. Rows of the JSON:
 
@@ -40,6 +41,7 @@ RUNS = ROOT / "build/fsdp_qlora"
 WORLD_SIZE, BATCH_SIZE, LORA_ALPHA_PER_R = 2, 8, 2
 SEEDS = (0, 1, 2)
 MEASURED_STEPS, STABILITY_STEPS = 4, 16
+RUNS_PER_START = 5  # then the ranks are new ones: memory that a run has used is not all given back
 
 
 @dataclass(frozen=True)
@@ -272,16 +274,16 @@ def record(part: str | None) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     todo = [job for job in dict.fromkeys(jobs(part)) if not job.file.exists()]
     print(f"{len(todo)} runs to do", flush=True)
-    if not todo:
-        return
-    with start_ranks(WORLD_SIZE) as ranks:
-        for job in todo:
-            began_s = time.perf_counter()
-            found = ranks.run(run, job)[0]
-            unfinished = job.file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(found), encoding="utf-8")
-            os.replace(unfinished, job.file)
-            print(f"{job.file.stem}: {time.perf_counter() - began_s:.0f} s, loss {found['losses'][-1]:.3f}", flush=True)  # fmt: skip
+    for start in range(0, len(todo), RUNS_PER_START):
+        with start_ranks(WORLD_SIZE) as ranks:
+            for job in todo[start : start + RUNS_PER_START]:
+                began_s = time.perf_counter()
+                found = ranks.run(run, job)[0]
+                unfinished = job.file.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(found), encoding="utf-8")
+                os.replace(unfinished, job.file)
+                took = f"{time.perf_counter() - began_s:.0f} s, loss {found['losses'][-1]:.3f}"
+                print(f"{job.file.stem}: {took}", flush=True)
 
 
 def write() -> None:

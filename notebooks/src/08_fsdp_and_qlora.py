@@ -604,7 +604,18 @@ for name, megabytes, mean, best, worst, highest in figures.stability_table(recor
     print(f"{name:26} {megabytes:8.1f} {mean:26.3f} {worst:11.3f} {highest:8.2f}")
 
 # %% [markdown]
-# STABILITY READING
+# **Precision.** The curves lie on each other. Gradients reduced in bf16, even adapter and moments kept in bf16, move a loss
+# by thousandths; they save little, because LoRA had left little. NF4 costs something at the start, where the base alone
+# speaks, and next to nothing at the end: the adapter has learned around the rounding. It saves half of the bytes.
+#
+# **Learning rate.** Here runs are won and lost. 1e-4 has hardly begun after these steps, and 2e-3 rises above where it
+# started and stays there. No setting that saves memory does as much harm, and no byte counter shows it. Look at the
+# first twenty losses before you leave a run alone.
+#
+# **r** moves the bytes of the adapter, and the loss hardly.
+#
+# Sixteen steps are short. bf16 states lose updates below 1/256 of a number, and that adds up over thousands of steps: keep
+# what is *trained* in float32 while it is small. Reduce in float32 where ranks are many: each sum rounds.
 #
 # ## Three cases
 #
@@ -638,8 +649,8 @@ for name, plan in case_plans.items():
 # - **ViT-L on 2 x 8 GB.** What fills the card is activations. FSDP alone does not make it fit, checkpointing does, on one
 #   GPU even; then two GPUs are for speed, or for larger batches.
 # - **8B on 2 x 16 GB.** LoRA on bf16 fits under FSDP; QLoRA fits without sharding anything.
-# - **70B on 2 x 24 GB.** 4 bits alone are 35 GB. Sharded, predicted 30 GB on each card; PEFT's documentation has 35.6. With
-#   offload it fits: predicted 11 GB; fsdp_qlora's authors saw 14.92 GiB reserved (2 x 3090 and 2 x 4090), PEFT's
+# - **70B on 2 x 24 GB.** 4 bits alone are 35 GB. Sharded, predicted 29 GB on each card; PEFT's documentation has 35.6. With
+#   offload it fits: predicted 10 GB; fsdp_qlora's authors saw 14.92 GiB reserved (2 x 3090 and 2 x 4090), PEFT's
 #   documentation has 19.6 GB, and 107 GB on the host. Hours, too: 11,795 s against 4,399 s for the same data on
 #   the two kinds of card.
 #
