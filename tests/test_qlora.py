@@ -270,6 +270,17 @@ def test_activation_checkpointing():
         assert torch.equal(plain, once) and torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bytes_that_arrive_as_floats_are_the_same_bytes(dtype):
+    """What torch 2.11's FSDP does with them under a mixed-precision policy."""
+    for double_quant in (True, False):
+        layer = NF4Linear(nn.Linear(64, 64), double_quant=double_quant)
+        expected = layer.dequantize()
+        for name in layer.quantized().tensors():
+            setattr(layer, name, nn.Parameter(getattr(layer, name).to(dtype), requires_grad=False))
+        assert torch.equal(layer.dequantize(), expected)
+
+
 # ----------------------------------------------------------------------------- merging
 
 

@@ -130,12 +130,13 @@ def test_ddp_trains_as_one_process_with_an_adapter_on_full_weights(tmp_path, one
     lora = ("--model", "smollm2", "--lora-r", 4, "--batch-size", 5, "--steps", 3)
     one_process("--report", tmp_path / "one.json", *lora)
     folder = ("--checkpoint-dir", tmp_path / "c")
+    one_process(*lora, *folder, "--steps", 1)
     torchrun(2, "--strategy", "ddp", "--report", tmp_path / "two.json", *lora, *folder)
     one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["losses"] == pytest.approx(one["losses"][1:], rel=1e-4)
     if sys.platform == "linux":
         adapter_bytes = 4 * sum(4 * (a + b) for a, b in layer_sizes()) * 2
-        assert all(sent < 1.5 * adapter_bytes * 3 for sent in two["bytes_sent"])
+        assert all(sent < 1.5 * adapter_bytes * 2 for sent in two["bytes_sent"])
     assert adapter_only(in_checkpoint(tmp_path / "c"))
     one_process(*lora, *folder, "--report", tmp_path / "back.json")
     back = read(tmp_path / "back.json")

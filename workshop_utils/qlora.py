@@ -243,9 +243,13 @@ def _check_not_tied(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _nf4_tensor(shape_and_settings: tuple, *held: Tensor) -> NF4Tensor:
-    """An NF4Tensor from the tensors of an NF4Linear: packed and either absmax, or its codes, scale and mean."""
+    """An NF4Tensor from the tensors of an NF4Linear: packed and either absmax, or its codes, scale and mean.
+
+    A mixed-precision policy of torch 2.11's FSDP hands bytes over as floats, which hold 0 ... 255 exactly. Newer ones
+    leave bytes alone, and this copies nothing.
+    """
     shape, dtype, block_size = shape_and_settings
-    packed, *scales = held
+    packed, *scales = (tensor.to(torch.uint8) for tensor in held)
     if len(scales) == 1:
         return NF4Tensor(packed, shape, dtype, block_size, absmax=scales[0].view(torch.float32))
     codes, scale, mean = scales
