@@ -744,12 +744,12 @@ model = base.to(device)
 test = records.make_records(8 if quick else 100, split="test", seed=1)
 new_template = records.make_records(50, split="new_template", seed=1)
 sentence, record = test[0]
-written = records.generate_answers(model, tokenizer, [text for text, _ in test[:8]])
+written = records.generate_answers(model, tokenizer, [text for text, _ in test[:4]])
 right = sum(records.parsed(text) == record for text, (_, record) in zip(written, test, strict=False))
 print("reads ", repr(records.prompt(sentence)))
 print("wanted", repr(records.answer(record)))
 print("writes", repr(written[0][:80]))
-print(f"exact match before training: {right} of 8")
+print(f"exact match before training: {right} of 4")
 
 # %% [markdown]
 # A record counts only if it is valid JSON with every key and every value right. The model cannot know which keys we want.
@@ -764,7 +764,7 @@ my_guess = 150
 ### END SOLUTION
 guess("MB of the model in four bits", my_guess)
 
-unseen = records.make_records(8 if quick else 48, split="test", seed=2)
+unseen = records.make_records(4 if quick else 48, split="test", seed=2)
 before_bytes = held_bytes(model.parameters())
 losses = {"before training, float32": records.mean_loss(model, tokenizer, unseen)}
 torch.manual_seed(0)
@@ -915,7 +915,7 @@ def tokens_per_s(model, count):
 
 
 kinds = {"float32, merged": merged, "bfloat16, merged": copy.deepcopy(merged).bfloat16(), "NF4 + LoRA": model}
-speed = {name: tokens_per_s(kind, 8 if quick else 32) for name, kind in kinds.items()}
+speed = {name: tokens_per_s(kind, 6 if quick else 32) for name, kind in kinds.items()}
 for name, kind in kinds.items():
     print(f"{name:17} {held_bytes(kind.parameters()) / 1e6:4.0f} MB, {speed[name]:5.1f} tokens per second")
 compare_guess("tokens per second, four bits over bfloat16", speed["NF4 + LoRA"] / speed["bfloat16, merged"])
@@ -961,7 +961,6 @@ with torch.no_grad():
 ways = {
     "not merged": model,
     "merged into float32": merged,
-    "merged into bfloat16": kinds["bfloat16, merged"],
     "merged into four bits": qlora.merge_qlora(copy.deepcopy(model)),
     "merged into the original weights": original,
 }
