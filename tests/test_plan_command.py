@@ -360,3 +360,14 @@ def test_states_without_a_model():
     """Any spec will do: ZeRO's 7.5 billion parameters."""
     spec = replace(ModelSpec.from_name("llama-2-7b"), linear_parameters=0, norm_parameters=0)
     assert plan_memory(spec, precision="fp32").parameters_bytes == 4 * 2 * 32000 * 4096
+
+
+def test_what_fsdp_holds_whole_by_hand():
+    """Llama 2 7B, LoRA in bf16: embedding, head and last norm, two blocks, a block's gradient twice (it and its copy)."""
+    spec = ModelSpec.from_name("llama-2-7b")
+    plan = plan_memory(spec, "fsdp", 2, method="lora", precision="bf16", length=8, checkpointing=True)
+    root = 2 * (2 * 32000 * 4096 + 4096)
+    adapters = 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    block = 2 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096 + adapters)
+    assert plan.peak == "backward"
+    assert plan.temporary_bytes == root + 2 * block + 2 * 2 * adapters
