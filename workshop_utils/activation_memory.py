@@ -25,12 +25,14 @@ LOSS_PEAK_BYTES = 12  # of each score, see `loss_bytes`
 @dataclass(frozen=True)
 class Trained:
     """What of a block is trained: `inputs_saved`, the linear layers whose input backward needs (all of them in full
-    fine-tuning, those with an adapter under LoRA); `norms`, whether norms are; `r` and `dropout`, LoRA's (0: none)."""
+    fine-tuning, those with an adapter under LoRA); `norms`, whether norms are; `r`, `dropout` and the bytes of a number
+    in the adapters' arithmetic."""
 
     inputs_saved: tuple[str, ...]
     norms: bool
     r: int = 0
     dropout: bool = False
+    adapter_bytes: int = 0
 
 
 def block_bytes(settings: PlanSettings, trained: Trained) -> int:
@@ -38,8 +40,11 @@ def block_bytes(settings: PlanSettings, trained: Trained) -> int:
 
     RMSNorm: 4 h (the input in float32), c h if it is trained (the normalised input), 4. LayerNorm: c h and 8.
     Attention: c (queries + keys + values + output) + 4 heads. SwiGLU: 3 c f and, if the last layer's input is needed,
-    c f. GELU: c f, and again c f. What a norm gives, c h, once for all layers that need it as input. LoRA: c r for
-    each adapter; with dropout each saves its own input, c, and a mask, 1 byte, and none is shared.
+    c f. GELU: c f, and again c f. What a norm gives, c h, once for all layers that need it as input.
+
+    LoRA, with a bytes of a number in the adapters' arithmetic: a r for each adapter. Where a is not c (float32 adapters
+    in a bf16 model), each adapter saves an input of its own, cast, a for each number, and none is shared. So it is
+    with dropout, which also saves a mask, 1 byte for each number.
     """
     spec, c = settings.spec, settings.number_bytes
     h, queries, keys = spec.hidden, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -47,13 +52,15 @@ def block_bytes(settings: PlanSettings, trained: Trained) -> int:
     attention = c * (2 * queries + 2 * keys) + 4 * spec.num_heads
     mlp = c * spec.intermediate * (3 if spec.is_gated else 1)
     saved = [(name, num_in) for name, num_in, _ in spec.linears if name in trained.inputs_saved]
-    if trained.dropout:
-        inputs = sum(num_in * (c + 1) for _, num_in in saved)
+    if trained.r and (trained.dropout or trained.adapter_bytes != c):
+        inputs = sum(num_in * (trained.adapter_bytes + trained.dropout) for _, num_in in saved)
     else:
         last = spec.linears[-1][0]  # its input is f wide
         sources = {_source(name, last) for name, _ in saved}
         inputs = c * (h * (len(sources & {"norm 1", "norm 2"})) + spec.intermediate * ("mlp" in sources))
-    return settings.tokens * (2 * norm + attention + mlp + inputs + c * trained.r * len(saved))
+    return settings.tokens * (
+        2 * norm + attention + mlp + inputs + trained.adapter_bytes * trained.r * len(saved)
+    )
 
 
 def backward_extra_bytes(settings: PlanSettings) -> int:

@@ -121,7 +121,8 @@ def plan_memory(
     model_spec      a ModelSpec, or one of MODEL_NAMES
     strategy        "single"; "ddp"; "zero1" divides the optimizer's state, "zero2" the gradients too, "fsdp" all
     method          "full", "lora", or "qlora": LoRA on weights in NF4, embedding and head in the arithmetic's dtype
-    precision       "fp32"; "bf16-mixed": arithmetic in bf16, float32 master weights; "bf16": bf16 for everything
+    precision       "fp32"; "bf16-mixed": arithmetic in bf16, what is trained in float32 (adapters also compute in
+                    float32, as qlora.py's and PEFT's do; FSDP casts them to bf16); "bf16": bf16 for everything
     batch_size      sequences or images of one GPU in one forward; length: tokens of each (an image fixes its own)
     offload         FSDP's CPU offload: shards of parameters, gradients and optimizer state live in the host's memory
     checkpointing   blocks keep their input only and run again in backward
@@ -199,4 +200,10 @@ def _passing(settings: PlanSettings, sizes: PlanSizes) -> dict[str, dict[str, fl
 def _trained(settings: PlanSettings) -> Trained:
     if settings.method == "full":
         return Trained(tuple(name for name, _, _ in settings.spec.linears), norms=True)
-    return Trained(settings.target_modules, norms=False, r=settings.r, dropout=settings.lora_dropout)
+    return Trained(
+        settings.target_modules,
+        norms=False,
+        r=settings.r,
+        dropout=settings.lora_dropout,
+        adapter_bytes=settings.adapter_number_bytes,
+    )

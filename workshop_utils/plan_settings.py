@@ -78,6 +78,11 @@ class PlanSettings:
         return 4 if self.precision == "fp32" else 2
 
     @property
+    def adapter_number_bytes(self) -> int:
+        """Bytes of a number in the adapters' arithmetic: mixed, they compute in float32, unless FSDP casts them."""
+        return 4 if self.is_mixed and self.strategy != "fsdp" else self.number_bytes
+
+    @property
     def is_mixed(self) -> bool:
         """Arithmetic in bf16, what is trained in float32."""
         return self.precision == "bf16-mixed"
