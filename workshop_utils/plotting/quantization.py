@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from workshop_utils.plotting import INK, MUTED, PAPER
 from workshop_utils.quantization import dequantize_blockwise, fp4_levels, nf4_levels, quantize_blockwise
@@ -170,6 +170,7 @@ def plot_losses(title: str, panels: Mapping[str, Mapping[str, Sequence[float]]])
         ax.set(xlabel="step", yscale="log")
         ax.set_title(name, fontweight="normal")
         ax.yaxis.set_major_formatter(lambda loss, _: f"{loss:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())  # a power would ask for mathematical fonts
         ax.grid(True, axis="y")
         ax.legend(loc="upper right")
     axes[0][0].set_ylabel("loss of the record")
