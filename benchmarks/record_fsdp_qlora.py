@@ -98,6 +98,7 @@ VARIATIONS = {
     "LoRA on bf16": {"method": "lora"},
     "learning rate 1e-4": {"learning_rate": 1e-4},
     "learning rate 2e-3": {"learning_rate": 2e-3},
+    "learning rate 1e-2": {"learning_rate": 1e-2},
     "r = 2": {"r": 2},
     "r = 32": {"r": 32},
 }

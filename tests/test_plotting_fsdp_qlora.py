@@ -16,7 +16,12 @@ from workshop_utils.plotting import use_style
 
 GROUPS = {
     "precision": ["learning rate 4e-4, r = 8", "reduced in bf16", "adapter and Adam in bf16", "LoRA on bf16"],
-    "learning rate": ["learning rate 4e-4, r = 8", "learning rate 1e-4", "learning rate 2e-3"],
+    "learning rate": [
+        "learning rate 4e-4, r = 8",
+        "learning rate 1e-4",
+        "learning rate 2e-3",
+        "learning rate 1e-2",
+    ],
     "r": ["learning rate 4e-4, r = 8", "r = 2", "r = 32"],
 }
 CHANGES = ["nothing", "bf16 arithmetic", "kept whole after forward", "2 parts, one reduction"]
