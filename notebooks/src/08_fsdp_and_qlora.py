@@ -611,7 +611,7 @@ for name, megabytes, mean, best, worst, highest in figures.stability_table(recor
 # %% [markdown]
 # **Precision.** The curves lie on each other. Gradients reduced in bf16, even adapter and moments kept in bf16, move a loss
 # by thousandths; they save little, because LoRA had left little. NF4 costs something at the start, where the base alone
-# speaks, and next to nothing at the end: the adapter has learned around the rounding. It saves half of the bytes.
+# speaks, and little at the end: the adapter has learned around the rounding. It saves half of the bytes.
 #
 # **Learning rate.** Here runs are won and lost. 1e-4 has hardly begun after these steps. 2e-3 is several times faster than
 # 4e-4. 1e-2 shows what a *loss spike* is: a step too far, a loss above where it all began, and many steps to come back,

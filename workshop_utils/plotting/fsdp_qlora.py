@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from workshop_utils.plotting import INK, MUTED
@@ -146,6 +147,7 @@ def plot_stability(title: str, rows: list[dict], groups: dict[str, list[str]]) -
                 ax.plot(range(1, len(losses) + 1), losses, style, color=color, linewidth=1.4, label=label)
         ax.set(yscale="log", xlabel="step", title=group)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(True)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
     axes[0, 0].set_ylabel("loss of the global batch")
