@@ -13,6 +13,8 @@ import all_reduce
 import data_parallel
 import fully_sharded
 import lora
+import qlora
+import quantization
 import ring_in_fsdp
 import subspace
 import torch
@@ -24,6 +26,8 @@ COMPARISONS = {
     "ring_in_fsdp": ring_in_fsdp,
     "lora": lora,
     "subspace": subspace,
+    "quantization": quantization,
+    "qlora": qlora,
 }
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
