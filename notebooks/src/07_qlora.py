@@ -18,7 +18,7 @@
 # still runs: a tiny random network stands in, and says so. What is printed about the language model then means nothing.
 
 # %% tags=["parameters"]
-PROFILE = "quick"  # "full": every weight, and SmolLM2 learns to above 90%; about 5 minutes on two cores
+PROFILE = "quick"  # "full": every weight, and SmolLM2 learns the skill; about 5 minutes on two cores
 
 # %%
 import torch
@@ -1012,7 +1012,7 @@ print("paged, here:", next((str(w.message) for w in said if "aged" in str(w.mess
 # **For the instructor.** Code 7.2 and 7.5 live; 7.1, 7.3 and 7.4 are quick for a room. Before the outlier cell, let people
 # commit to a number: nobody says 100%. In 7.5 ask first why the naive chain holds all sixteen weights; the answer is the
 # exercise. Fetch the model the day before, on the machine you present with. With time left, run `PROFILE = "full"` during
-# the break: the room sees 0% become more than 90%. If time is short, skip the entropy and the optimizers.
+# the break: the room sees nothing right become nearly everything. If time is short, skip the entropy and the optimizers.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 print(f"bits per weight: {bits:.4f}; NF4 and bitsandbytes: the same codes")
