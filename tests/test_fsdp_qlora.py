@@ -11,10 +11,14 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import nn
 
 from workshop_utils import RankError, sub_world
 
+pytestmark = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.13"), reason="fully_shard takes bytes from torch 2.13 on"
+)
 WORLD_SIZES = [1, 2, 3]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -13,7 +13,7 @@
 # 45 minutes. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units, gathers, 16 bytes for a
 # parameter) and [notebook 07](07_qlora.ipynb) (NF4, `QLoRALinear`). It uses SmolLM2, as 07 did: if you have not fetched
 # it, run `python -m workshop_utils fetch` in a terminal. Without it every cell still runs, with a tiny random network,
-# and what is measured then means little.
+# and what is measured then means little. Sharding codes as bytes needs torch 2.13 or newer.
 
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": all 30 layers of SmolLM2, and each setting measured here; about 6 minutes longer
@@ -292,7 +292,7 @@ def gather_codes(codes, param_dtype, all_gather):
 check("8.2", gather_codes)
 
 # %% [markdown]
-# And torch's `fully_shard`? It takes integers too, and leaves those alone. Which is one more way to be right, and none
+# And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone. Which is one more way to be right, and none
 # less to be wrong. One weight matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
 #
 # **Predict.** Which of the four arrive intact? And which goes wrong without anybody noticing?
