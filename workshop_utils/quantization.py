@@ -117,8 +117,10 @@ def quantize_blockwise(weight: Tensor, levels: Tensor, block_size: int) -> tuple
     levels = levels.to(weight.device)
     midpoints = (levels[:-1] + levels[1:]) / 2
     scaled = rows * (1 / absmax.clamp(min=_SMALLEST_ABSMAX)).unsqueeze(1)
-    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
-    return codes.view(-1)[: weight.numel()], absmax
+    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8).view(-1)
+    if codes.numel() > weight.numel():
+        codes = codes[: weight.numel()].clone()  # a view would keep the filling in memory
+    return codes, absmax
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, levels: Tensor, block_size: int) -> Tensor:

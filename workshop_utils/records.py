@@ -31,6 +31,9 @@ NEW_TEMPLATE = "We charged {price} rupees for the {quantity} {item} that {name} 
 TRAIN_NAMES = (
     "Amit", "Bela", "Carl", "Dana", "Emil", "Farah", "Gita", "Hans", "Ines", "Jamal", "Kira", "Leo",
     "Mona", "Nils", "Olga", "Pavel", "Rosa", "Samir", "Tara", "Uma", "Viktor", "Wanda", "Yusuf", "Zoe",
+    "Aurelio", "Benedikt", "Catarina", "Delphine", "Eduardo", "Filippa", "Giovanna", "Henrike", "Isolde", "Joaquin",
+    "Katarzyna", "Lorenzo", "Matilda", "Nadezhda", "Octavio", "Philippa", "Quentin", "Rafaela", "Soraya", "Thandiwe",
+    "Ulrike", "Valentina", "Wilhelm", "Yolanda",
 )
 TEST_NAMES = (
     "Vini", "Arjun", "Brigitte", "Chen", "Dmitri", "Elena", "Fatima", "Goran", "Hiro", "Ingrid", "Kwame", "Lucia",
@@ -122,11 +125,14 @@ def fine_tune(
     steps: int,
     *,
     batch_size: int = 8,
-    learning_rate: float = 4e-4,
+    learning_rate: float = 6e-4,
     seed: int = 0,
     progress: bool = True,
 ) -> RecordTuning:
-    """Train whatever parameters of `model` require a gradient, in place, with AdamW at a constant rate.
+    """Train whatever parameters of `model` require a gradient, in place, with AdamW.
+
+    The rate falls from `learning_rate` in a straight line to 0: at a constant rate the last steps still move so far that
+    single names of the test come out wrong.
 
     The model is a transformers one, with LoRA, QLoRA or PEFT's layers or with none of them. `seed` decides the
     records, and the draws of dropout. Times hold forward, backward and update. Leaves the model in eval mode.
@@ -136,6 +142,7 @@ def fine_tune(
     if not trainable:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     torch.manual_seed(seed)
     losses, times_s = [], []
     batches = training_batches(steps, batch_size, tokenizer, seed)
@@ -147,6 +154,7 @@ def fine_tune(
             loss = model(**_on(batch, trainable[0].device)).loss
             loss.backward()
             optimizer.step()
+            falling.step()
             losses.append(loss.item())
             times_s.append(time.perf_counter() - began_s)
             bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
