@@ -52,7 +52,7 @@ from workshop_utils.records import fine_tune, make_records, prompt, training_bat
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "workshop_utils/recorded_inference.json"
 KEPT = ROOT / "build/record_inference"
-STEPS, SEED, ROUNDS, NUM_SEQUENCES, NEW_TOKENS = 60, 0, 5, 4, 32
+STEPS, SEED, ROUNDS, NUM_SEQUENCES, NEW_TOKENS = 40, 0, 5, 4, 32
 
 
 def in_nf4(dtype: torch.dtype = torch.bfloat16) -> nn.Module:

@@ -42,7 +42,7 @@ def test_what_the_test_asks_was_never_trained():
         lambda pairs: {record["item"].split()[1] for _, record in pairs},
     ):
         assert values(train).isdisjoint(values(test)) and values(test) == values(new)
-        assert len(values(train)) == 24 and len(values(test)) == 12
+        assert len(values(train)) in (24, 48) and len(values(test)) == 12
     assert all(sentence.startswith("We charged") for sentence, _ in new)
     assert not any(sentence.startswith("We charged") for sentence, _ in train + test)
 
@@ -150,17 +150,19 @@ def test_a_tiny_model_learns_the_form_and_only_the_adapter_moves(tiny):
     assert moved == {name for name, parameter in model.named_parameters() if id(parameter) in adapter}
 
 
-def test_losses_are_those_of_a_loop_written_out(tiny):
+def test_losses_are_those_of_a_loop_written_out_with_a_rate_that_falls(tiny):
     model, tokenizer = tiny
     torch.manual_seed(0)
     apply_lora(model, ["q_proj"], r=2, lora_alpha=4)
     copy = tiny_language_model()[0]
     torch.manual_seed(0)
     apply_lora(copy, ["q_proj"], r=2, lora_alpha=4)
-    seen = fine_tune(model, tokenizer, 4, batch_size=2, learning_rate=1e-3, seed=7, progress=False)
-    optimizer = torch.optim.AdamW(lora_parameters(copy), lr=1e-3, weight_decay=0.0)
+    settings = {"batch_size": 2, "learning_rate": 1e-2, "seed": 7, "progress": False}
+    seen = fine_tune(model, tokenizer, 8, stop_after=4, **settings)
+    optimizer = torch.optim.AdamW(lora_parameters(copy), weight_decay=0.0)
     expected = []
     for step in range(4):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (8 - step) / 8
         batch = as_batch(make_records(8, seed=7)[2 * step : 2 * step + 2], tokenizer)
         scores, labels = (
             copy(batch["input_ids"], attention_mask=batch["attention_mask"]).logits,

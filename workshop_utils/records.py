@@ -9,6 +9,7 @@ test are not in the training sentences; one template is in neither of them and i
 Shape letters: B records in the batch, T tokens, padding included.
 """
 
+import itertools
 import json
 import random
 import statistics
@@ -127,12 +128,13 @@ def fine_tune(
     batch_size: int = 8,
     learning_rate: float = 6e-4,
     seed: int = 0,
+    stop_after: int | None = None,
     progress: bool = True,
 ) -> RecordTuning:
     """Train whatever parameters of `model` require a gradient, in place, with AdamW.
 
     The rate falls from `learning_rate` in a straight line to 0: at a constant rate the last steps still move so far that
-    single names of the test come out wrong.
+    single names of the test come out wrong. `stop_after` ends a run of `steps` steps earlier, to see its beginning.
 
     The model is a transformers one, with LoRA, QLoRA or PEFT's layers or with none of them. `seed` decides the
     records, and the draws of dropout. Times hold forward, backward and update. Leaves the model in eval mode.
@@ -145,9 +147,9 @@ def fine_tune(
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     torch.manual_seed(seed)
     losses, times_s = [], []
-    batches = training_batches(steps, batch_size, tokenizer, seed)
+    batches = itertools.islice(training_batches(steps, batch_size, tokenizer, seed), stop_after)
     model.train()
-    with tqdm(total=steps, desc="steps", disable=not progress) as bar:
+    with tqdm(total=min(steps, stop_after or steps), desc="steps", disable=not progress) as bar:
         for batch in batches:
             began_s = time.perf_counter()
             optimizer.zero_grad()
