@@ -512,7 +512,8 @@ print(f"data parallel with QLoRA would send {ddp / 1e6:.1f} MB")
 #
 # ## One setting at a time
 #
-# FSDP with LoRA on all of SmolLM2, and one thing changed. **Predict.** Which of these saves most bytes on a rank: NF4,
+# FSDP with LoRA on all of SmolLM2, and one thing changed. (The recording that ships today holds two of the ten settings,
+# and further down one of three seeds; its command makes the rest in half an hour.) **Predict.** Which of these saves most bytes on a rank: NF4,
 # checkpointing, bf16? Which costs most time?
 
 # %% tags=["nbval-ignore-output"]
@@ -584,7 +585,7 @@ for name, change in changes.items() if PROFILE == "full" else ():
 # %% [markdown]
 # ## Memory against stability
 #
-# Some savings cost accuracy. Which? QLoRA under FSDP on the sentences of 07, the same three seeds for each change.
+# Some savings cost accuracy. Which? QLoRA under FSDP on the sentences of 07, the same seeds for each change.
 #
 # **Predict.** Which of these will keep the loss from falling: gradients reduced in bf16; adapter and Adam in bf16; r = 2; a
 # learning rate of 1e-2?

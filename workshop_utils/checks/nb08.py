@@ -112,7 +112,7 @@ def check_gather_codes(answer, ranks):
             for rank, s in enumerate(everyone):
                 where = f"({length} bytes on each of {n} ranks, param_dtype {_word(dtype)})"
                 _expect_codes(s, wanted, rank, n, length, dtype, where)
-    return f"bit for bit under bf16, fp16 and float32, in worlds of 2 to {len(ranks)} ranks, and no byte too many"
+    return f"bit for bit under bf16, fp16 and float32, in worlds of up to {len(ranks)} ranks, and no byte too many"
 
 
 CASES = [(length, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32) for length in (64, 7, 1)]
@@ -217,7 +217,7 @@ def check_bytes_of_a_step(answer, ranks):
             _explain_sent(call, got, num_bytes, UNITS[name], n)
             expect_number(got, num_bytes, name=f"{call}: your number of bytes")
     expect_number(answer([(42_000, 8_400, 2)], 1), 0, name="world size 1: your number of bytes")
-    return f"full, LoRA and QLoRA: to the byte what each of 2 to {len(ranks)} ranks was counted to send"
+    return f"full, LoRA and QLoRA: to the byte what each rank was counted to send, in worlds of up to {len(ranks)}"
 
 
 def _on_rank_step(_answer) -> dict:
