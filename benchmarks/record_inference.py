@@ -71,7 +71,7 @@ def speed() -> dict:
         "float32": load_language_model(torch.float32)[0],
         "bfloat16": load_language_model(torch.bfloat16)[0],
         "NF4, ours": in_nf4(),
-        "NF4, bitsandbytes": in_bitsandbytes().to(torch.bfloat16),
+        "NF4, bitsandbytes": in_bitsandbytes(torch.bfloat16),
     }
     texts = [prompt(sentence) for sentence, _ in make_records(NUM_SEQUENCES, split="test", seed=1)]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
@@ -193,7 +193,7 @@ def main(names: list[str]) -> None:
     done = [name for name in PARTS if (KEPT / f"{name}.json").exists()]
     record = {
         "command": "python benchmarks/record_inference.py",
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}, torch {torch.__version__}",
         "recorded": time.strftime("%Y-%m-%d"),
         "settings": {
             "model": MODEL_NAME,

@@ -62,8 +62,8 @@ def adapted(method: str, seed: int) -> tuple[nn.Module, object]:
     return apply_qlora(model, "all-linear", R, LORA_ALPHA, compute_dtype=torch.bfloat16), tokenizer
 
 
-def in_bitsandbytes(compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """SmolLM2 with bitsandbytes' NF4 layers, as transformers loads it."""
+def in_bitsandbytes(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """SmolLM2 with bitsandbytes' NF4 layers, as transformers loads it; embedding and norms in `dtype`."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -71,13 +71,11 @@ def in_bitsandbytes(compute_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     where = {"local_files_only": True, "device_map": {"": "cpu"}}
     logging.disable_progress_bar()
-    return LlamaForCausalLM.from_pretrained(
-        model_folder(), quantization_config=config, dtype=torch.float32, **where
-    )
+    return LlamaForCausalLM.from_pretrained(model_folder(), quantization_config=config, dtype=dtype, **where)
 
 
 def with_peft(model: nn.Module, seed: int) -> nn.Module:
@@ -166,7 +164,7 @@ def main(names: list[str]) -> None:
     done = [name for name in RUNS if (KEPT / f"{name}.json").exists()]
     record = {
         "command": "python benchmarks/record_qlora.py",
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()} {platform.machine()}, torch {torch.__version__}",
         "recorded": time.strftime("%Y-%m-%d"),
         "settings": {
             "model": MODEL_NAME,

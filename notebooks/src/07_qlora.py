@@ -888,7 +888,8 @@ print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high[
 #
 # The frozen base shrank from 538 MB to 168. Do not take the seconds for a gain of four bits: QLoRA multiplies in bfloat16,
 # this LoRA in float32. Against LoRA in bfloat16, dequantising cost 5% here (0.65 and 0.62 s for 4 x 64 tokens on two
-# cores). The last line is a warning: the same run from more than three times the rate.
+# cores). The last line is the same run from more than three times the rate:
+# it ends with the same loss on the test and more mistakes. A loss is a mean; a record needs every token right.
 
 
 # %% [markdown]
@@ -926,9 +927,9 @@ for name, row in in_use["speed"].items():
     print(f"{name:17} {row['model_bytes'] / 1e6:4.0f} MB, {row['tokens_per_s']:5.1f} tokens per second")
 
 # %% [markdown]
-# Slower: each token dequantises every weight for one row of x. (Kernels that multiply with the codes directly exist for
-# GPUs, and for formats like llama.cpp's on CPUs.) QLoRA's four bits are for *training* on little memory. To serve, LoRA
-# was merged (05). Can QLoRA be? $W_4 + \frac{\alpha}{r} BA$ is no matrix of sixteen levels any more.
+# Ours is slower: each token dequantises every weight for one row of x. A kernel that multiplies with the codes directly
+# need not be: bitsandbytes has one for GPUs and for some CPUs, and its row shows it. QLoRA's four bits are for *training* on
+# little memory. To serve, LoRA was merged (05). Can QLoRA be? $W_4 + \frac{\alpha}{r} BA$ is no matrix of sixteen levels any more.
 #
 # **Predict.** Round that sum to four bits again: how much of the adapter's update is left, in percent?
 
