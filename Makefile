@@ -44,7 +44,7 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 # pytest, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
 
-test: setup lint  ## every check, notebooks and browser included (under 30 minutes on two cores)
+test: setup lint  ## every check, notebooks and browser included (about 35 minutes on two cores)
 	@$(PYTEST) -m alone
 	@$(MAKE) --no-print-directory -j2 test-package test-notebooks
 
