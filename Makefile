@@ -39,28 +39,29 @@ fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# What tests deadlines runs first, alone. Then the notebooks and all the rest run side by side, because both often wait for
-# processes to start; with one thread each, or they would wait for each other at every matrix product. Two processes of
-# pytest, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
+# What tests deadlines runs first, alone. Then make keeps two parts at work: the package, and one notebook after the other.
+# They often wait for processes to start, and have one thread each, or they would wait for each other at every matrix
+# product. A process of pytest for each, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
+NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(shell ls -r notebooks/src/[0-9]*.py))
 
-test: setup lint  ## every check, notebooks and browser included (about 35 minutes on two cores)
+test: setup lint  ## every check, notebooks and browser included (about 30 minutes on two cores)
 	@$(PYTEST) -m alone
-	@$(MAKE) --no-print-directory -j2 test-package test-notebooks
+	@$(MAKE) --no-print-directory --keep-going -j2 test-package $(NOTEBOOK_TESTS)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PYTEST) -m "alone and not browser and not slow"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not slow"
 
-.PHONY: test-package test-notebooks
+.PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
 
-# into a file, which is shown at the end: two reports on one screen cannot be read
-test-notebooks:
+# into files: two reports on one screen cannot be read. Shown is the last line, or all of it after a failure
+$(NOTEBOOK_TESTS): test-%:
 	@mkdir -p build
-	@OMP_NUM_THREADS=1 $(PYTEST) -m notebooks > build/test-notebooks.txt 2>&1; status=$$?; \
-	  cat build/test-notebooks.txt; exit $$status
+	@if OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_notebooks.py -k $* > build/test-$*.txt 2>&1; \
+	  then echo "$*: $$(tail -1 build/test-$*.txt)"; else cat build/test-$*.txt; exit 1; fi
 
 .PHONY: lint
 lint: setup

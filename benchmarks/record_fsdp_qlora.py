@@ -136,9 +136,10 @@ def make_model(settings: Settings):
     if settings.method == "lora":
         apply_lora(model, "all-linear", settings.r, alpha)
     if settings.method == "qlora":
-        from workshop_utils.qlora import apply_qlora
+        from workshop_utils.qlora import SHARDABLE_STORAGE, apply_qlora
 
-        apply_qlora(model, "all-linear", settings.r, alpha, compute_dtype=dtype)
+        dtypes = {"compute_dtype": dtype, "quant_storage": SHARDABLE_STORAGE}
+        apply_qlora(model, "all-linear", settings.r, alpha, **dtypes)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, settings.state_dtype))

@@ -11,14 +11,11 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from packaging.version import Version
 from torch import nn
 
 from workshop_utils import RankError, sub_world
+from workshop_utils.qlora import SHARDABLE_STORAGE, apply_qlora
 
-pytestmark = pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.13"), reason="fully_shard takes bytes from torch 2.13 on"
-)
 WORLD_SIZES = [1, 2, 3]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -36,18 +33,14 @@ def tiny_llama():
     return LlamaForCausalLM(config).train()
 
 
-def ours(compute_dtype=None, double_quant=True):
-    from workshop_utils.qlora import apply_qlora
-
+def ours(compute_dtype=None, quant_storage=SHARDABLE_STORAGE):
     model = tiny_llama()
     torch.manual_seed(1)
-    apply_qlora(
-        model, "all-linear", r=4, lora_alpha=8, compute_dtype=compute_dtype, double_quant=double_quant
-    )
-    return model
+    settings = {"compute_dtype": compute_dtype, "quant_storage": quant_storage}
+    return apply_qlora(model, "all-linear", r=4, lora_alpha=8, **settings)
 
 
-def librarys(compute_dtype=None, quant_storage=torch.uint8):
+def librarys(compute_dtype=None, quant_storage=SHARDABLE_STORAGE):
     """bitsandbytes' layers, PEFT's adapters."""
     logging.disable(logging.WARNING)  # bitsandbytes' first import speaks of kernels
     import bitsandbytes
@@ -110,15 +103,14 @@ def train(model, optimizer, batches, parts):
     return losses
 
 
-def beside_one_process(n, which, low=False):
+def beside_one_process(n, which, storage=SHARDABLE_STORAGE, low=False):
     """Of n ranks: changed frozen bytes, the largest difference of losses and of adapters, trained ones' movement."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     with sub_world(n) as inside:
         if not inside:
             return None
-        one = MAKE[which](BF16 if low else None)
-        sharded = MAKE[which](BF16 if low else None)
+        one, sharded = (MAKE[which](BF16 if low else None, storage) for _ in range(2))
         before = {name: as_bytes(p).clone() for name, p in sharded.named_parameters()}
         if low:
             policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=FP32)
@@ -205,9 +197,9 @@ def bnb_forward(quant_storage, param_dtype):
 
 
 @pytest.mark.parametrize("which", MAKE)
-@pytest.mark.parametrize("n", WORLD_SIZES)
-def test_not_a_bit_of_the_base_changes_and_losses_are_those_of_one_process(ranks5, which, n):
-    for found in ranks5.run(beside_one_process, n, which)[:n]:
+@pytest.mark.parametrize(("n", "storage"), [*((n, SHARDABLE_STORAGE) for n in WORLD_SIZES), (2, BF16)])
+def test_not_a_bit_of_the_base_changes_and_losses_are_those_of_one_process(ranks5, which, n, storage):
+    for found in ranks5.run(beside_one_process, n, which, storage)[:n]:
         assert found["changed"] == []
         assert found["moved"] == 28, "every adapter matrix is trained: 2 blocks, 7 layers, A and B"
         assert found["codes"] > 0
@@ -217,8 +209,9 @@ def test_not_a_bit_of_the_base_changes_and_losses_are_those_of_one_process(ranks
 
 
 @pytest.mark.parametrize("which", MAKE)
-def test_not_a_bit_changes_under_bf16_mixed_precision(ranks5, which):
-    for found in ranks5.run(beside_one_process, 2, which, low=True)[:2]:
+@pytest.mark.parametrize("storage", dict.fromkeys([SHARDABLE_STORAGE, BF16]))
+def test_not_a_bit_changes_under_bf16_mixed_precision(ranks5, which, storage):
+    for found in ranks5.run(beside_one_process, 2, which, storage, low=True)[:2]:
         assert found["changed"] == []
         assert found["moved"] == 28
 
@@ -245,6 +238,8 @@ TRAP = [  # storage, param_dtype, bytes that arrive of 960, or None where they a
 def test_the_trap_codes_stored_as_another_float_than_param_dtype_are_cast(
     ranks5, storage, param_dtype, num_bytes
 ):
+    if storage == torch.uint8 != SHARDABLE_STORAGE:
+        pytest.skip("fully_shard takes bytes from torch 2.13 on")
     for n in (2, 3):
         for got, changed in ranks5.run(arrived, n, storage, param_dtype)[:n]:
             assert got == (num_bytes or 960)

@@ -14,6 +14,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 STEMS = sorted(source.stem for source in (NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
+assert STEMS
 CELL_LIMIT_S = 120
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(600)]
@@ -64,7 +65,3 @@ def nbval(notebook: Path, progress: Path):
         check=False,
     )
     assert done.returncode == 0, re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)[-6000:]
-
-
-def test_there_are_notebooks():
-    assert STEMS

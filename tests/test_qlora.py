@@ -270,15 +270,36 @@ def test_activation_checkpointing():
         assert torch.equal(plain, once) and torch.equal(plain, again)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_bytes_that_arrive_as_floats_are_the_same_bytes(dtype):
-    """What torch 2.11's FSDP does with them under a mixed-precision policy."""
-    for double_quant in (True, False):
-        layer = NF4Linear(nn.Linear(64, 64), double_quant=double_quant)
-        expected = layer.dequantize()
-        for name in layer.quantized().tensors():
-            setattr(layer, name, nn.Parameter(getattr(layer, name).to(dtype), requires_grad=False))
-        assert torch.equal(layer.dequantize(), expected)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int64])
+def test_bytes_held_as_other_numbers_are_the_same_bytes(storage, double_quant):
+    linear = nn.Linear(7, 9)  # 63 codes, 32 bytes; one block, so that absmax and mean need filling up
+    layer = NF4Linear(linear, double_quant=double_quant)
+    disguised = NF4Linear(linear, double_quant=double_quant, quant_storage=storage)
+    for name, tensor in layer.quantized().tensors().items():
+        assert getattr(disguised, name).dtype == storage
+        assert torch.equal(disguised.quantized().tensors()[name], tensor)
+    x, results = torch.randn(3, 7), []
+    for which in (layer, disguised):
+        given = x.clone().requires_grad_()
+        y = which(given)
+        y.square().sum().backward()
+        results.append((y, given.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_bytes_that_were_cast_to_a_smaller_float_are_refused():
+    layer = NF4Linear(nn.Linear(64, 64), quant_storage=torch.float32).to(torch.bfloat16)
+    with pytest.raises(
+        RuntimeError, match="1024 bytes of a 4-bit layer have arrived as torch.bfloat16, and it has 2048"
+    ):
+        layer(torch.randn(2, 64))
+
+
+def test_the_storage_stays_through_merging_and_stands_in_the_text():
+    layer = random_adapter(QLoRALinear(nn.Linear(64, 64), 2, 4, quant_storage=torch.bfloat16))
+    merged = merge_qlora(layer)
+    assert merged.packed.dtype == torch.bfloat16 and "quant_storage=torch.bfloat16" in repr(merged)
 
 
 # ----------------------------------------------------------------------------- merging

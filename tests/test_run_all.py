@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
 import run_all
 
-pytestmark = pytest.mark.notebooks
+pytestmark = pytest.mark.slow
 
 
 def write(path: Path, heading: str, *more: str):

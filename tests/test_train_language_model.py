@@ -266,13 +266,6 @@ def test_bad_arguments_get_one_clear_line(arguments, complaint, one_process):
     assert status == 2 and complaint in said.splitlines()[-1] and "Traceback" not in said
 
 
-def test_a_torch_that_shards_no_bytes_is_refused(one_process, monkeypatch):
-    monkeypatch.setenv("RANK", "0")  # as torchrun would
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
-    status, said = one_process(*QLORA, "--strategy", "fsdp")
-    assert status == 2 and "torch 2.11.0+cpu cannot shard 4-bit codes" in said
-
-
 def test_a_model_that_is_not_fetched_gets_one_line_with_the_command(one_process, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -6,8 +6,9 @@ The base's weight exists as packed codes and scales (quantization.py). It is mad
 each backward, and lives as long as one matrix product. Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized
 LLMs" (arXiv:2305.14314), section 3, equation 5.
 
-Everything that is quantised is held as uint8 parameters, the float32 scales too, byte by byte: `module.to(dtype)`, a
-mixed-precision policy and FSDP leave bytes alone, and `fully_shard` shards parameters.
+Everything that is quantised is held as uint8 parameters, the float32 scales too, byte by byte: `module.to(dtype)` and a
+mixed-precision policy leave bytes alone, and `fully_shard` shards parameters. Before torch 2.13 it shards floats only:
+there the same bytes are held as bfloat16 numbers (`quant_storage`, as bitsandbytes calls it), which nothing may cast.
 
 Shapes: the weight W is [out, in], A is [r, in], B is [out, r]; N = out * in numbers in K blocks.
 """
@@ -15,12 +16,16 @@ Shapes: the weight W is [out, in], A is [r, in], B is [out, r]; N = out * in num
 from collections.abc import Sequence
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from workshop_utils.lora import LoRALinear, _check_no_lora, _check_settings, lora_layers
 from workshop_utils.peft_format import shortened, target_module_names
 from workshop_utils.quantization import NF4Tensor, dequantize_nf4, quantize_nf4
+
+# what torch's fully_shard can shard: integers from torch 2.13 on
+SHARDABLE_STORAGE = torch.uint8 if Version(torch.__version__) >= Version("2.13.0.dev0") else torch.bfloat16
 
 
 class NF4Linear(nn.Module):
@@ -33,6 +38,9 @@ class NF4Linear(nn.Module):
     absmax_scale  uint8 [4 ceil(K / 256)], the bytes of float32
     absmax_mean   uint8 [4], the bytes of one float32
     bias          [out], as it was in the nn.Linear, or None
+    `quant_storage` is the dtype that these bytes pretend to be, filled up with zeros to whole numbers of it. Any other
+    than uint8 is for FSDP alone: it must be the dtype that FSDP's policy casts to (or there is no such policy), and
+    `module.to(dtype)` turns the weight into noise.
 
     The product is computed in `compute_dtype`, or in the dtype of x; the result has the dtype of x.
     Raises TypeError where `linear` is no nn.Linear, and ValueError where quantize_nf4 does.
@@ -45,16 +53,17 @@ class NF4Linear(nn.Module):
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
     ):
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"NF4Linear is made from an nn.Linear, got {type(linear).__name__}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block_size, self.compute_dtype = block_size, compute_dtype
+        self.block_size, self.compute_dtype, self.quant_storage = block_size, compute_dtype, quant_storage
         quantized = quantize_nf4(linear.weight, block_size, double_quant)
         self.weight_dtype = quantized.dtype
         for name, tensor in quantized.tensors().items():
-            self.register_parameter(name, _frozen(_as_bytes(tensor)))
+            self.register_parameter(name, _frozen(_as_bytes(tensor, quant_storage)))
         self.bias = None if linear.bias is None else _frozen(linear.bias.detach().clone())
         self.train(linear.training)
 
@@ -99,7 +108,8 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self.double_quant}, compute_dtype={self.compute_dtype}"
+            f"block_size={self.block_size}, double_quant={self.double_quant}, compute_dtype={self.compute_dtype}, "
+            f"quant_storage={self.quant_storage}"
         )
 
 
@@ -141,11 +151,11 @@ class QLoRALinear(LoRALinear):
         block_size: int = 64,
         double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8,
     ):
         super().__init__(base_layer, r, lora_alpha, lora_dropout=lora_dropout, use_rslora=use_rslora)
-        self.base_layer = NF4Linear(
-            base_layer, block_size=block_size, double_quant=double_quant, compute_dtype=compute_dtype
-        )
+        settings = {"block_size": block_size, "double_quant": double_quant, "quant_storage": quant_storage}
+        self.base_layer = NF4Linear(base_layer, compute_dtype=compute_dtype, **settings)
         self.lora_A.float()
         self.lora_B.float()
 
@@ -172,7 +182,8 @@ class QLoRALinear(LoRALinear):
     def merged_nf4(self) -> NF4Linear:
         """An NF4Linear again: the sum rounded to 4 bits, with the settings of the base."""
         base = self.base_layer
-        settings = {"block_size": base.block_size, "double_quant": base.double_quant}
+        names = ("block_size", "double_quant", "quant_storage")
+        settings = {name: getattr(base, name) for name in names}
         return NF4Linear(self.merged_linear(base.weight_dtype), compute_dtype=base.compute_dtype, **settings)
 
 
@@ -185,12 +196,14 @@ def apply_qlora(
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: torch.dtype | None = None,
+    quant_storage: torch.dtype = torch.uint8,
     **lora_kwargs,
 ) -> nn.Module:
     """Replace nn.Linear modules of `model` by QLoRALinear, in place, and freeze everything else. Returns `model`.
 
     `target_modules` and `lora_kwargs` (lora_dropout, use_rslora) are apply_lora's; "all-linear" leaves out the output
-    layer of a language model, as PEFT does. Equal seeds give the A that apply_lora draws.
+    layer of a language model, as PEFT does. Equal seeds give the A that apply_lora draws. The other settings are
+    NF4Linear's; with quant_storage=SHARDABLE_STORAGE the model can be given to torch's fully_shard.
     Raises ValueError where apply_lora does, where a weight is tied to another parameter, and, naming the layer, where
     quantize_nf4 does.
     """
@@ -200,10 +213,11 @@ def apply_qlora(
     _check_not_tied(model, names)
     model.requires_grad_(False)
     settings = {"block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype}
+    settings |= {"quant_storage": quant_storage, **lora_kwargs}
     for name in names:
         linear = model.get_submodule(name)
         try:
-            layer = QLoRALinear(linear, r, lora_alpha, **settings, **lora_kwargs)
+            layer = QLoRALinear(linear, r, lora_alpha, **settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         model.set_submodule(name, layer.train(linear.training))
@@ -243,13 +257,12 @@ def _check_not_tied(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _nf4_tensor(shape_and_settings: tuple, *held: Tensor) -> NF4Tensor:
-    """An NF4Tensor from the tensors of an NF4Linear: packed and either absmax, or its codes, scale and mean.
-
-    A mixed-precision policy of torch 2.11's FSDP hands bytes over as floats, which hold 0 ... 255 exactly. Newer ones
-    leave bytes alone, and this copies nothing.
-    """
+    """An NF4Tensor from the tensors of an NF4Linear: packed and either absmax, or its codes, scale and mean."""
     shape, dtype, block_size = shape_and_settings
-    packed, *scales = (tensor.to(torch.uint8) for tensor in held)
+    blocks = -(-shape.numel() // block_size)
+    scale_bytes = (4 * blocks,) if len(held) == 2 else (blocks, 4 * -(-blocks // 256), 4)
+    sizes = (-(-shape.numel() // 2), *scale_bytes)
+    packed, *scales = (_first_bytes(tensor, size) for tensor, size in zip(held, sizes, strict=True))
     if len(scales) == 1:
         return NF4Tensor(packed, shape, dtype, block_size, absmax=scales[0].view(torch.float32))
     codes, scale, mean = scales
@@ -263,6 +276,19 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a contiguous tensor, uint8, one-dimensional. uint8 comes back as it is."""
-    return tensor.view(-1).view(torch.uint8)
+def _as_bytes(tensor: Tensor, storage: torch.dtype) -> Tensor:
+    """The bytes of a contiguous tensor, one-dimensional, as numbers of `storage`; zeros fill up the last one."""
+    as_bytes = tensor.view(-1).view(torch.uint8)
+    missing = -len(as_bytes) % storage.itemsize
+    return (F.pad(as_bytes, (0, missing)) if missing else as_bytes).view(storage)
+
+
+def _first_bytes(tensor: Tensor, size: int) -> Tensor:
+    """The first `size` bytes, uint8, without a copy. RuntimeError where there are less: then they were cast."""
+    as_bytes = tensor.view(torch.uint8)
+    if len(as_bytes) < size:
+        raise RuntimeError(
+            f"{len(as_bytes)} bytes of a 4-bit layer have arrived as {tensor.dtype}, and it has {size}: they were cast on "
+            "the way. quant_storage must be torch.uint8, or the dtype that FSDP's mixed-precision policy casts to"
+        )
+    return as_bytes[:size]

@@ -4,9 +4,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-from packaging.version import Version
-
 from workshop_utils.train_tasks import MODELS
 
 
@@ -63,15 +60,6 @@ def problem_with(options: argparse.Namespace) -> str | None:
         return f"{given} is for --model smollm2: {options.model} is small enough to be trained whole"
     if options.quantize != "none" and not options.lora_r:
         return "--quantize freezes the layers, so nothing could learn: give --lora-r too, for instance --lora-r 8"
-    if (
-        options.quantize != "none"
-        and options.strategy == "fsdp"
-        and Version(torch.__version__) < Version("2.13")
-    ):
-        return (
-            f"torch {torch.__version__} cannot shard 4-bit codes: its fully_shard takes floating-point parameters "
-            "only, from 2.13 on it takes bytes too. Use --strategy ddp here"
-        )
     try:
         if options.report:
             options.report.open("a").close()

@@ -83,12 +83,15 @@ class Records:
     def __init__(self, options: argparse.Namespace, device: torch.device):
         from workshop_utils.language_model import load_language_model
         from workshop_utils.lora import apply_lora
-        from workshop_utils.qlora import apply_qlora
+        from workshop_utils.qlora import SHARDABLE_STORAGE, apply_qlora
 
         self.model, self.tokenizer = load_language_model()
         if options.lora_r:
-            apply = apply_qlora if options.quantize == "nf4" else apply_lora
-            apply(self.model, "all-linear", options.lora_r, 2 * options.lora_r)
+            settings = {"target_modules": "all-linear", "r": options.lora_r, "lora_alpha": 2 * options.lora_r}
+            if options.quantize == "nf4":
+                apply_qlora(self.model, **settings, quant_storage=SHARDABLE_STORAGE)
+            else:
+                apply_lora(self.model, **settings)
         self.model.to(device).train()
         self.options, self.device = options, device
         self.settings = {"lora_r": options.lora_r, "quantize": options.quantize}

@@ -13,7 +13,7 @@
 # 45 minutes. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units, gathers, 16 bytes for a
 # parameter) and [notebook 07](07_qlora.ipynb) (NF4, `QLoRALinear`). It uses SmolLM2, as 07 did: if you have not fetched
 # it, run `python -m workshop_utils fetch` in a terminal. Without it every cell still runs, with a tiny random network,
-# and what is measured then means little. Sharding codes as bytes needs torch 2.13 or newer.
+# and what is measured then means little.
 
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": all 30 layers of SmolLM2, and each setting measured here; about 6 minutes longer
@@ -145,7 +145,7 @@ import warnings
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from workshop_utils import lora
+from workshop_utils import lora, qlora
 from workshop_utils.language_model import is_fetched, load_language_model
 from workshop_utils.memory import held_bytes, record_activations
 from workshop_utils.model_specs import ModelSpec
@@ -167,13 +167,13 @@ def first_layers():
 # %%
 def adapted(method):
     """(the model ready for "full", "lora" or "qlora", its tokenizer); the same adapter on every rank."""
-    from workshop_utils import qlora
-
     model, tokenizer = first_layers()
     torch.manual_seed(0)
-    if method != "full":
-        apply = {"lora": lora.apply_lora, "qlora": qlora.apply_qlora}[method]
-        apply(model, "all-linear", r=8, lora_alpha=16)
+    if method == "lora":
+        lora.apply_lora(model, "all-linear", r=8, lora_alpha=16)
+    if method == "qlora":
+        storage = qlora.SHARDABLE_STORAGE  # of the codes: bytes, or what this torch can shard
+        qlora.apply_qlora(model, "all-linear", r=8, lora_alpha=16, quant_storage=storage)
     return model, tokenizer
 
 
@@ -292,8 +292,9 @@ def gather_codes(codes, param_dtype, all_gather):
 check("8.2", gather_codes)
 
 # %% [markdown]
-# And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone. Which is one more way to be right, and none
-# less to be wrong. One weight matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
+# And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone: one more way to be right,
+# and none less to be wrong. (Older ones refuse integers; there this notebook disguises its codes as bf16.) One weight
+# matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
 #
 # **Predict.** Which of the four arrive intact? And which goes wrong without anybody noticing?
 
@@ -329,7 +330,7 @@ my_guess_intact = 2
 guess("storage dtypes that arrive intact under bf16", my_guess_intact)
 weight = first_layers()[0].model.layers[0].mlp.down_proj.weight.detach()
 quantized, seen, changed = quantize_nf4(weight), {}, {}
-for storage in (torch.uint8, torch.bfloat16, torch.float16, torch.float32):
+for storage in dict.fromkeys([qlora.SHARDABLE_STORAGE, torch.bfloat16, torch.float16, torch.float32]):
     got = ranks.run(arrives, quantized.packed, storage)[0]
     name, same_size = str(storage).removeprefix("torch."), len(got) == len(quantized.packed)
     print(f"stored as {name:9} {len(got):>9,} of {len(quantized.packed):,} bytes arrive", end=", ")
@@ -372,9 +373,8 @@ def librarys():
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and name != "lm_head":
             sizes = {"input_features": linear.in_features, "output_features": linear.out_features}
-            layer = bitsandbytes.nn.Linear4bit(
-                **sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32
-            )
+            storage = {"quant_type": "nf4", "quant_storage": qlora.SHARDABLE_STORAGE}
+            layer = bitsandbytes.nn.Linear4bit(**sizes, bias=False, compute_dtype=torch.float32, **storage)
             layer.load_state_dict(linear.state_dict())
             model.set_submodule(name, layer.to("cpu"))  # this quantises
     model.is_loaded_in_4bit = True
