@@ -1,9 +1,11 @@
 """Fixtures shared by all tests."""
 
 import itertools
+import sys
 
 import pytest
 
+from workshop_utils import train
 from workshop_utils.ranks import driver
 
 
@@ -26,6 +28,27 @@ def ranks5(_sets, monkeypatch):
         ranks.restart()
     monkeypatch.setattr(driver, "_current", ranks)
     return ranks
+
+
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """Run workshop_utils.train in this process; returns (exit status, what it printed)."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def leave(status, message=None):
+        print(message or "", file=sys.stderr)
+        raise SystemExit(status)
+
+    monkeypatch.setattr(train, "end", leave)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            train.main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return ended.value.code, said.out + said.err
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):

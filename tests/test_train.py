@@ -21,25 +21,9 @@ LIMIT_S = 120
 
 
 @pytest.fixture
-def one_process(monkeypatch, capsys):
-    """Run the script in this process; returns (exit status, what it printed)."""
+def one_process(train_here, monkeypatch):
     monkeypatch.setattr(train_tasks, "load_data", lambda device: few_images())
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def leave(status, message=None):
-        print(message or "", file=sys.stderr)
-        raise SystemExit(status)
-
-    monkeypatch.setattr(script, "end", leave)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as ended:
-            script.main([str(argument) for argument in arguments])
-        said = capsys.readouterr()
-        return ended.value.code, said.out + said.err
-
-    return run
+    return train_here
 
 
 def few_images() -> MNIST:
