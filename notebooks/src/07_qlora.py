@@ -886,9 +886,9 @@ print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high[
 # The columns of exact match say what four bits cost; one test record is two points, so do not read more into them than
 # that. The last column is the sentence pattern that training never saw: another question, with its own answer.
 #
-# The frozen base shrank from 538 MB to 168. Do not take the seconds for a gain of four bits: QLoRA multiplies in bfloat16,
-# this LoRA in float32. Against LoRA in bfloat16, dequantising cost 5% here (0.65 and 0.62 s for 4 x 64 tokens on two
-# cores). The last line is the same run from more than three times the rate:
+# The frozen base shrank from 538 MB to 168. Do not take the seconds for what four bits cost: QLoRA multiplies in
+# bfloat16, this LoRA in float32. Beside LoRA all in bfloat16, a step of QLoRA took 1.23 times as long (`make bench`, two
+# cores): each weight is dequantised twice. The last line is the same run from more than three times the rate:
 # it ends with the same loss on the test and more mistakes. A loss is a mean; a record needs every token right.
 
 

@@ -512,9 +512,9 @@ print(f"data parallel with QLoRA would send {ddp / 1e6:.1f} MB")
 #
 # ## One setting at a time
 #
-# FSDP with LoRA on all of SmolLM2, and one thing changed. (The recording that ships today holds two of the ten settings,
-# and further down one of three seeds; its command makes the rest in half an hour.) **Predict.** Which of these saves most bytes on a rank: NF4,
-# checkpointing, bf16? Which costs most time?
+# FSDP with LoRA on all of SmolLM2, and one thing changed.
+#
+# **Predict.** Which of these saves most bytes on a rank: NF4, checkpointing, bf16? Which change costs most time?
 
 # %% tags=["nbval-ignore-output"]
 import json
@@ -529,9 +529,14 @@ for row in recorded["settings"]:
     print(f"{row['changed']:26} losses {losses}; {row['gathers']} gathers")
 
 # %% [markdown]
-# Grey bars did not change. The losses say which settings change nothing but cost: units, offload, checkpointing and
-# resharding leave them as they were. So does accumulation, but for one thing: the mean over parts weighs each part alike,
-# however many tokens it has. bf16 and NF4 change what is computed.
+# Grey bars did not change; a dashed line is "nothing". **Bytes.** Checkpointing saves 286 MB, bf16 269 of weights and
+# activations together, NF4 185, all of them weights. **Sent.** NF4 sends a third. Two parts send twice as much: each part
+# gathers every unit anew, and to reduce once saves next to nothing, because LoRA's gradients *are* next to nothing.
+# Accumulate under FSDP only if the batch does not fit. **Time.** So parts cost most, then offload, checkpointing (a
+# second forward) and small units (422 gathers in place of 62). One unit is no faster than blocks, and holds it all at once.
+#
+# **Losses.** Units, offload, checkpointing and resharding change nothing but cost. Nor does accumulation, but for one
+# thing: the mean over parts weighs each part alike, however many tokens it has. bf16 and NF4 change what is computed.
 #
 # On a CPU there is nothing to offload *to*: that row shows what it costs to ask for it. On a GPU the states leave the
 # card, and each gather comes over PCIe first.
@@ -585,7 +590,7 @@ for name, change in changes.items() if PROFILE == "full" else ():
 # %% [markdown]
 # ## Memory against stability
 #
-# Some savings cost accuracy. Which? QLoRA under FSDP on the sentences of 07, the same seeds for each change.
+# Some savings cost accuracy. Which? QLoRA under FSDP on the sentences of 07, the same batches for each change.
 #
 # **Predict.** Which of these will keep the loss from falling: gradients reduced in bf16; adapter and Adam in bf16; r = 2; a
 # learning rate of 1e-2?
@@ -611,18 +616,20 @@ for name, megabytes, mean, best, worst, highest in figures.stability_table(recor
 
 # %% [markdown]
 # **Precision.** The curves lie on each other. Gradients reduced in bf16, even adapter and moments kept in bf16, move a loss
-# by thousandths; they save little, because LoRA had left little. NF4 costs something at the start, where the base alone
-# speaks, and little at the end: the adapter has learned around the rounding. It saves half of the bytes.
+# by thousandths, less than another seed does; they save little, because LoRA had left little. NF4 costs most at the start,
+# where the base alone speaks, and less at the end: the adapter learns around the rounding. It saves half of the bytes.
 #
 # **Learning rate.** Here runs are won and lost. 1e-4 has hardly begun after these steps. 2e-3 is several times faster than
 # 4e-4. 1e-2 shows what a *loss spike* is: a step too far, a loss above where it all began, and many steps to come back,
 # if it comes back. No setting that saves memory does as much, and no byte counter shows it. Look at the first twenty
 # losses before you leave a run alone.
 #
-# **r** decides the bytes of the adapter, and these are few.
+# **r.** At the same rate and the same lora_alpha / r, r = 32 is far ahead of r = 2: Adam moves each number of B by about
+# the rate, and sixteen times as many of them work on the same outputs. In a short run a small r looks like a small
+# learning rate. Do not judge r before each has a rate of its own.
 #
-# Sixteen steps are short. in bf16 an update a few hundred times smaller than its number is lost (04), which adds up over thousands: keep
-# what is *trained* in float32 while it is small. Reduce in float32 where ranks are many: each sum rounds.
+# Sixteen steps are short. In bf16 an update a few hundred times smaller than its number is lost (04), which adds up over
+# thousands: keep what is *trained* in float32 while it is small. Reduce in float32 where ranks are many: each sum rounds.
 #
 # ## Three cases
 #
