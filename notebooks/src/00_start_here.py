@@ -159,7 +159,8 @@ dist.all_reduce(numbers)
 # %% [markdown]
 # Read such a report from the top. The first line names the rank that failed first; that one is the cause. Below
 # it stands where the other ranks were at that moment: they waited, and nothing was wrong with them. At the end
-# comes rank 2's own traceback. It took about a second, no process died, and the variables are still there:
+# comes rank 2's own traceback. It took about a second, no process died, and the variables are still there. Each
+# element is 6 on every rank by now, and four sixes are added:
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks
@@ -188,6 +189,7 @@ if rank != 0:
 #
 # You complete a function and run the cell. Its last line calls `check`, which tries your function and says what
 # it found: passed, or what was wrong, where, and what was expected. Try the cell below once before you change it.
+# The stars in a title say how hard an exercise is, the minutes how long it may take you.
 #
 # There are three hints for each exercise, each saying more than the one before. Open them under the exercise, or
 # call `hint("0.1")`. After the third, `solution("0.1")` shows one way to write it.
@@ -195,8 +197,9 @@ if rank != 0:
 # %% [markdown]
 # ### Exercise 0.1 · How many bytes?  (★, 1 min)
 #
-# A tensor of 3 x 4 float32 numbers takes 3 · 4 · 4 = 48 bytes, because a float32 number takes 4. In bfloat16 each
-# number takes 2. Complete `tensor_bytes`. It has to be right for every shape and every type of number.
+# A tensor of 3 x 4 float32 numbers takes 3 · 4 · 4 = 48 bytes, because a float32 number takes 4. In bfloat16, a
+# format with fewer digits, each number takes 2. Complete `tensor_bytes`. It has to be right for every shape and
+# every type of number.
 
 # %% [markdown] tags=["hints-0.1"]
 # 1. Two facts are needed: how many elements there are, and how many bytes one of them takes. A tensor knows both.
@@ -227,7 +230,8 @@ check("0.1", tensor_bytes)
 # every rank.
 #
 # Inside a function, ask torch who you are: `dist.get_rank()` and `dist.get_world_size()`. The names `rank` and
-# `world_size` exist in `%%ranks` cells only, and your function is defined here, in the notebook's process.
+# `world_size` exist in `%%ranks` cells only, and your function is defined here, in the notebook's process, and sent
+# to the ranks from here.
 
 # %% [markdown] tags=["hints-0.2"]
 # 1. Rank 2 of 4 has 1 on its left and 3 on its right. Only the two ends of the row need care.
