@@ -29,7 +29,8 @@ use_style()
 # ## What do we train, and on what?
 #
 # Images of handwritten digits, 28 by 28 pixels, each with a label from 0 to 9. The line below says which images
-# this machine has: the 60,000 of MNIST, or the 5,000 of them that come with a Python package.
+# this machine has: the 60,000 of MNIST to train on, or 4,000 of the 5,000 that come with a Python package. Others
+# are kept apart for the test.
 
 # %% tags=["nbval-ignore-output"]
 from torch.nn import functional as F
@@ -118,8 +119,9 @@ check("1.1", train_step)
 # `train` repeats a step on random batches of 256 images and lets the learning rate fall to zero on the way.
 # `mine("train_step")` is your step if it passed, and the reference if not, so you can go on either way.
 #
-# **Predict.** Which share of digits that it has never seen will the network read correctly, in percent? On 60,000
-# images, networks of this size reach about 98. With 4,000 images it will be less. How much less?
+# **Predict.** Which share of digits that it has never seen will the network read correctly, in percent? Trained
+# on 60,000 images, networks of this size reach about 98, and with 4,000 it is less. How much less? Look above
+# which of the two this machine has.
 
 # %%
 ### BEGIN SOLUTION
@@ -210,7 +212,8 @@ for kind, count in held.items():
 # %% [markdown]
 # In float32 with Adam a parameter costs 4 + 4 + 8 = 16 bytes, three quarters of it for training alone. At that
 # rate a network of 7 billion parameters holds 112 GB. Which of these bytes each device needs is the question of
-# notebook 04.
+# notebook 04. (If your step clears the gradients at its end instead of its beginning, they are gone here, and the
+# line above says 0. They took their 4 bytes until then.)
 #
 # One kind is missing. Backward needs intermediate results of the forward: to get the gradient of a weight you
 # need what was multiplied by it. Autograd keeps them from the forward until the backward has used them. They are
@@ -267,7 +270,8 @@ ratio = saved.total_bytes / (4 * num_parameters)
 compare_guess("activations, in units of the parameters' bytes", ratio)
 
 # %% [markdown]
-# Equal to the byte. Now watch a first step from birth: what exists after each of its lines?
+# Equal to the byte, and half as much again as the parameters. Now watch a first step from birth: what
+# exists after each of its lines?
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.plotting.single_device import plot_bytes_by_kind
@@ -449,6 +453,8 @@ print("A[0, 3] is now", A[0, 3].item())  # ... shows in the other
 print("storages of the model:", len({p.untyped_storage().data_ptr() for p in model.parameters()}))
 
 # %% [markdown]
+# `A.T` has the strides [1, 4]. What lies side by side is each of its columns, which were rows of `A`.
+#
 # A tensor is *contiguous* if reading it row by row reads its storage from left to right. That matters for us
 # because a message is a run of bytes: a network card or a socket sends what lies side by side.
 #
@@ -585,8 +591,8 @@ F.cross_entropy(net(images), labels).backward()
 print("gradients complete, in this order:", ", ".join(ready))
 
 # %% [markdown]
-# Write down what you found, in the form "part, needs, so it could run elsewhere if ...". Then compare with the
-# picture, which shows a batch cut into two halves.
+# Write down what you found, on paper or in a new cell, in the form "part, needs, so it could run elsewhere
+# if ...". Then compare with the picture, which shows a batch cut into two halves.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.plotting.single_device import plot_dependencies
