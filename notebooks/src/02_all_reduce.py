@@ -11,8 +11,8 @@
 # - predict its seconds from latency and bandwidth, and say when which of the four is fastest.
 #
 # 50 minutes. It builds on [notebook 00](00_start_here.ipynb) (`%%ranks`, `check`) and on the end of [notebook
-# 01](01_single_device_mlp.ipynb): the gradient of a big batch is the sum of the gradients of its parts. If the
-# parts are on different devices, somebody has to add them up.
+# 01](01_single_device_mlp.ipynb): the gradient of a big batch is the average of the gradients of its parts. If
+# the parts are on different devices, somebody has to add them up.
 
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": 31 repeats of each measurement instead of 7, about half a minute longer
@@ -113,7 +113,8 @@ def pass_right(tensor):
 check("2.1", pass_right)
 
 # %% [markdown]
-# Your function also ran on two and three of the four ranks. A deadlock that shows only at three ranks is a classic.
+# The check also runs your function on two and on three of the four ranks. A deadlock that shows only at three ranks
+# is a classic.
 #
 # ## Which patterns come back again and again?
 #
@@ -121,7 +122,8 @@ check("2.1", pass_right)
 # this series. To see what they do, let the tensors be pictures: rank 0 holds a handwritten 0, rank 1 a 1, and so on.
 #
 # `send`, `recv` and `isend` below are torch's, with two additions that we need later: they can be counted, and
-# slowed down. `show_collective` runs a collective by hand and by torch, compares what each rank ends with, and draws it.
+# slowed down. Write your own with them too from here on, not with `dist.isend`. `show_collective` runs a collective by
+# hand and by torch, compares what each rank ends with, and draws it.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.data import load_mnist
@@ -317,8 +319,8 @@ figure = show_collective("reduce-scatter", reduce_scatter, reduce_scatter_by_tor
 #
 # ## How many bytes does that all-reduce send?
 #
-# From here on we reduce one tensor of S bytes, in place. The all-reduce above, a reduce and then a broadcast, is the
-# *naive* one.
+# From here on we reduce one tensor of S bytes, in place. A name that ends in `_` says so, as torch's own do. The
+# all-reduce above, a reduce and then a broadcast, is the *naive* one.
 #
 # **Predict.** Four ranks, S = 8 MB. How many MB does rank 0 send?
 
@@ -841,7 +843,8 @@ figure = plot_predicted_measured("8 MB, 4 ranks, 200 Mb/s for each", predicted_s
 # An emulated link cannot be faster than the memory that it stands on, so faster ones are predicted only. Three sets of
 # gradients, 8 ranks, the ring. The bandwidths are from [Stas Bekman's
 # collection](https://github.com/stas00/ml-engineering/tree/master/network) (Ethernet: by its name), the latencies from
-# NCCL's own cost model (Ethernet: a round figure).
+# the cost model of NCCL, NVIDIA's library of collectives (Ethernet: a round figure). EFA is the network between
+# Amazon's GPU machines, NVLink connects the GPUs within one machine.
 
 # %% tags=["nbval-check-output"]
 gradients_bytes = {"this MLP, float32": 199_210 * 4, "135 M, float32": 135e6 * 4, "7 B, bfloat16": 7e9 * 2}
