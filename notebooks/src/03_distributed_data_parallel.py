@@ -182,12 +182,14 @@ assert apart == 0 and off < 1e-10
 assert compare(step_2, torch.float32)[1] < 1e-5
 
 # %% [markdown]
-# After step 1 alone the replicas drift apart; after step 2 that is data parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
+# With step 1 alone three updates have taken the replicas nearly as far apart as strangers are. Step 2 is data
+# parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
 # from one process they differ by a rounding, in the sixteenth digit of float64 and in the eighth of float32.
 #
 # ## Why not exactly?
 #
 # **Predict.** The first gradient, in float32: how many of its entries differ from those of one process in some bit?
+# (`sub_world(n)` is a world of the first n ranks, as in notebook 02.)
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils import sub_world
@@ -501,7 +503,9 @@ compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
 # Without overlap the link is idle while the ranks compute, and the ranks are idle while the link works. With it, the
 # first bucket leaves while most of the backward is still to come. The step takes about as long as the longer of the
 # two, plus what cannot overlap: the forward, and the last bucket, which is the first layer's. Overlap hides
-# communication behind the backward, and it cannot hide more than the backward is long. Where ranks share cores, threads
+# communication behind the backward, and it cannot hide more than the backward is long. On this link eight buckets take
+# longer than that, so most of them still come after it. (A bar ends when all ranks have sent their part. So the first
+# bucket looks long on a rank that was early.) Where ranks share cores, threads
 # that send wait for a core as well. Reported for torch's own: 27% of a step saved with gloo and 38% with NCCL, for a
 # ResNet ([Li and others 2020](https://arxiv.org/abs/2006.15704)).
 #
@@ -872,12 +876,14 @@ figure = figures.plot_scaling(
 
 # %% [markdown]
 # Where ranks exceed cores, they share them, and the compute of a step takes longer: that is this machine, not data
-# parallelism. On one rank nothing is sent; what is left there is copying into buckets. On more, communication takes what
-# the formula says, plus the waiting for a core. With cores of their own and many ranks, 2(n-1)/n S hardly grows any more:
+# parallelism. On one rank nothing is sent; what is left there is copying into buckets. On the emulated link communication
+# takes a little more than the formula says. In the recorded runs its share is two to three times as large as predicted:
+# loopback is fast, and most of the time goes into waiting for a core, which the thread that sends and the one that
+# computes both want. With cores of their own and many ranks, 2(n-1)/n S hardly grows any more:
 # that is why data parallelism scales.
 #
 # Now the link. The same ranks on other links, then the formulas beyond: compute + all-reduce without overlap; with it
-# the longer of compute, and forward + all-reduce.
+# the longer of compute, and forward + all-reduce. (The forward is a third of the compute: notebook 01.)
 
 # %% tags=["nbval-ignore-output"]
 rates = [0.1, 0.5, 2] if PROFILE == "quick" else [0.1, 0.2, 0.5, 1, 2]  # Gb/s

@@ -412,6 +412,10 @@ figure = plot_live_bytes(
 # `workshop_utils.fully_sharded` has the same for any module. Units are found by type; what is in none (norm layers,
 # the class token of a vision transformer) forms a root unit. Instead of a function per layer type it has hooks, and it
 # empties the storage under the parameters, so that what autograd saved is emptied with them.
+#
+# We try it on two networks. A *vision transformer* cuts an image into patches, makes a row of features of each, adds
+# one more row (the class token, which will answer), and sends them through a stack of equal *blocks*: attention, which
+# lets rows look at each other, and two linear layers.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.fully_sharded import FullyShardedDataParallel
@@ -563,7 +567,7 @@ for what in ("one unit", "per block", "per layer"):
 # One unit is whole for the entire step: what is divided is gradients and optimizer state alone. A unit per layer holds
 # least, and calls three times as many collectives as a unit per block. Each costs at least α, and small ones cost
 # little else. A block is the usual choice. (The root, here what no block owns, stays whole from its forward to its
-# backward, which comes first.)
+# backward: the end of the network is in it, and backward begins there.)
 #
 # ## What else can be turned?
 #
@@ -941,7 +945,8 @@ figure = plot_communication_share(title, lines, points, xlabel="ranks", log=True
 # ## When does it pay?
 #
 # Let Ψ parameters be computed with in bf16. In a step each rank sends 3 times 2 Ψ bytes, for large n, and computes
-# 6 Ψ T operations for its T tokens. So, whatever the size of the model:
+# 6 Ψ T operations for its T tokens (a multiplication and an addition for each, once in the forward and twice in the
+# backward). So, whatever the size of the model:
 #
 # $$ \frac{\text{communication}}{\text{computation}} = \frac{6 \Psi / B}{6 \Psi T / F} = \frac{F}{B\,T} $$
 #
@@ -982,10 +987,12 @@ figure = costs.plot_multihost(hosts["rows"])
 #
 # The second figure was recorded, with more ranks and more time than there is here. At each link sharding pays more
 # than data parallel: half as many bytes again, and messages for every unit. Points above the lines are what the
-# formula leaves out: waiting for a core, and Python.
+# formula leaves out: waiting for a core, and Python. Lines that fall do so because eight ranks share two cores: the
+# arithmetic takes longer, and communication is a smaller part.
 #
 # The third is from two hosts: network namespaces whose links the kernel holds to a rate, with torchrun across them
-# (`cluster/multihost_lab.sh`). `fully_shard` between them sends 4 S(n-1)/n, ours on the emulated link 3.
+# (`cluster/multihost_lab.sh`). `fully_shard` between them sends 4 S(n-1)/n, ours on the emulated link 3. So the two differ on
+# the right, and agree on the left, where both send the same.
 #
 # ## What helps where links are slow?
 #
@@ -1045,6 +1052,9 @@ for what, recorded_s, _, _, samples in recorded["mitigations"]:
 #   the groups where the fast links are.
 # - **Accumulating** two parts costs twice the bytes, unless parameters and gradients stay whole in between: then a
 #   step sends as much as one without resharding, for twice the images.
+#
+# The recorded list has the time, on a link with a latency of 0.5 ms. One unit nearly halves the step, four times the
+# batch costs hardly more than one, and accumulating by itself saves nothing: look at the milliseconds for an image.
 #
 # ## Read this error
 #

@@ -124,7 +124,8 @@ figure = figures.plot_low_rank(n_in=784, n_out=200, r=8)
 #
 # ### Exercise 5.1 · LoRALinear  (★★, 5 min)
 #
-# Wrap an `nn.Linear`: freeze it (its bias too), add `lora_A` and `lora_B`. Draw A as `nn.Linear` does by default (the
+# Wrap an `nn.Linear`: freeze it (its bias too), add `lora_A` and `lora_B` (two `nn.Parameter`, or two `nn.Linear`
+# without bias). Draw A as `nn.Linear` does by default (the
 # authors' code does so too). Scale by `lora_alpha / r`, once. Budget: r (in + out) trainable numbers, and a forward
 # that never forms the out x in product B A.
 
@@ -426,7 +427,7 @@ figure = figures.plot_accuracy(
 # %% [markdown]
 # Now the bars are short, and r counts again, with ever smaller returns: on "even or odd?" r = 16 comes within 0.2 points of
 # full fine-tuning. On "8 or 9?" full fine-tuning makes 0.6% mistakes and r = 1 makes 1.3%, twice as many, which 200 test
-# images could not show. So LoRA loses a little on both tasks, and saves 87 to 99% of the bytes of training.
+# images could not show. So LoRA loses a little on both tasks, and saves 87 to 99% of the bytes of gradients and moments.
 #
 # ## What does it cost to compute?
 #
@@ -491,7 +492,7 @@ for m in METHODS:
     )
 
 # %% [markdown]
-# Operations nearly halve. The time falls less, although Adam has so little to do: LoRA adds small operations, and in a
+# Operations nearly halve. The time falls by a few percent or not at all, although Adam has so little to do: LoRA adds small operations, and in a
 # network this small the fixed cost of each one shows. Activations stay: the backward runs through the same layers, and
 # A's gradient needs the layer's input as W's did. With large batches or long texts it is they that fill the memory, and
 # LoRA does not help.
@@ -533,12 +534,13 @@ full_share = (values["full"][:8].square().sum() / values["full"].square().sum())
 compare_guess("share of the strongest 8 directions", full_share)
 
 # %% [markdown]
-# Full fine-tuning spreads out: its update uses all 200 directions, though a few carry most. LoRA with r = 8 or 16
+# Full fine-tuning spreads out: its update uses all 200 directions (40 are drawn), though a few carry most. LoRA with r = 8 or 16
 # uses one or two, and goes further along them: in 100 steps a larger r buys little. (For language models, updates of 10 to
 # 100 times LoRA's usual rank are reported, by Biderman et al.)
 #
 # Do two adapters find the *same* directions? The paper's measure (section 7.2): take the strongest i right singular
-# vectors of one A and the strongest j of another, and ask how much of the smaller span lies in the larger:
+# vectors of one A (the directions in the layer's input that it reads most strongly) and the strongest j of another,
+# and ask how much of the smaller span lies in the larger:
 #
 # $$ \phi(i, j) = \frac{\lVert U_i^T V_j \rVert_F^2}{\min(i, j)} $$
 #
