@@ -13,6 +13,11 @@
 # 50 minutes, of which 21 are exercises. It builds on [notebook 01](01_single_device_mlp.ipynb) (the network),
 # [02](02_all_reduce.ipynb) (the ranks and the ring) and [05](05_lora.ipynb) (LoRA).
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Ask for the toy's number before anything else, and write the room's guesses on the board. Code 6.1 live up
+# to the buffer, and let the room find where P belongs. If time is short, skip static graphs and 6.3 (`mine` supplies it). Do not
+# skip the LoRA table: let the room explain why the method with the worse accuracy per parameter is the one that everybody uses.
+
 # %% tags=["parameters"]
 PROFILE = (
     "quick"  # "full": all 60,000 images, three seeds, LeNet and the extras; about 20 minutes on two cores
@@ -27,6 +32,14 @@ import matplotlib.pyplot as plt
 from workshop_utils import check, compare_guess, guess, hint, mine, solution, start_ranks, use_style
 
 use_style()
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Ask*: before anything else, ten constraints on 1,000 numbers: the first d with zero loss? And with 10,000
+#   numbers?
+# - *Say*: write the guesses on the board. Ten, for both; nine is not enough.
+# - *Say*: solved by least squares, so no optimizer could do better.
 
 # %% [markdown]
 # ## A task whose answer is known
@@ -75,6 +88,17 @@ first_zero = {D: next(d for d, loss in zip(dims, of_D) if loss < 1e-18) for D, o
 figure = figures.plot_toy(dims, losses)
 compare_guess("first d with zero loss, D = 10,000", first_zero[10_000])
 assert first_zero == {1_000: 10, 10_000: 10}
+
+# %% [markdown] tags=["instructor"]
+# **11 min.**
+#
+# - *Ask*: three ways to put weights into a module, all run. Which one trains? None keeps everything; read the three
+#   lines.
+# - *Type*: 6.1 live up to the buffer, and let the room find where P belongs.
+# - *Break it*: make P a parameter: `P [53, 4] is an nn.Parameter that requires a gradient`.
+# - *Break it*: assign `.data` in forward: `the output has no graph behind it`. The loss would stay where it is,
+#   silently.
+# - *Room*: the forward is theirs, 5 minutes. Stuck: `functional_call(self.module, weights, (images,))`.
 
 # %% [markdown]
 # Ten, for both, and nine is not enough. The number belongs to the task: ten equations need ten unknowns, and almost any
@@ -204,6 +228,12 @@ g = nn.utils.parameters_to_vector(p.grad for p in full.parameters())
 print("trained:", [name for name, p in model.named_parameters() if p.requires_grad])
 print("gradient of theta_d is P^T times the full gradient:", torch.allclose(model.theta_d.grad, P.T @ g))
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: five values of d through one compiled function: how many graphs? Five; as arguments two.
+# - *Cut*: this section; nothing later needs it.
+
 # %% [markdown]
 # The second line is the chain rule, and it says what a subspace costs. To get the $d$ numbers of $P^\top g$ you need the
 # full gradient $g$ of $D$ numbers first, and then a product with $P$. So a subspace step is never cheaper than a step of
@@ -216,7 +246,7 @@ print("gradient of theta_d is P^T times the full gradient:", torch.allclose(mode
 # offset (`keras_ext/rproj_layers.py`). In PyTorch the graph is what happened. But PyTorch too can record one:
 # `torch.export` traces the module once, into a graph without Python. What does it see?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 exported = torch.export.export(model, (images,))
 for spec in exported.graph_signature.input_specs:
     saved = "" if spec.persistent is None else f"  persistent={spec.persistent}"
@@ -241,7 +271,7 @@ my_guess = 2
 ### END SOLUTION
 guess("graphs for five values of d", my_guess)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 graphs = []
 
 
@@ -262,7 +292,7 @@ def graphs_for(call):
     return seen
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 base = make_net()
 
 
@@ -278,6 +308,17 @@ in_module = graphs_for(lambda model, P, theta_d: model(images))
 print("P and theta_d in the module:  ", *in_module)
 print("P and theta_d are arguments:  ", *graphs_for(as_arguments))
 compare_guess("graphs for five values of d", in_module[-1])
+
+# %% [markdown] tags=["instructor"]
+# **15 min.**
+#
+# - *Say*: 750 dense directions are 598 MB for a network of 0.8 MB. And the scale matters: show one sixth for each
+#   tensor.
+# - *Room*: 6.2, 4 minutes. Per tensor is the mistake: `the columns of piece 0 have norm 1 by themselves`.
+# - *Type*: `one_hot_draw` live: slots, signs, one norm. The assert says more than unit columns: exactly orthogonal.
+# - *Room*: 6.3, 7 minutes, or skip it: `mine` has it. `divided by sqrt(2)` is the usual one: nothing is divided.
+# - *Ask*: dense step over ordinary step? Tens of times. Nothing is cheaper than ordinary training: the full gradient
+#   is in it.
 
 # %% [markdown]
 # A tensor that belongs to a module is taken to have a fixed shape, so each $d$ costs a new graph, and after eight (the
@@ -347,7 +388,7 @@ check("6.2", unit_columns)
 # a list of $D$ indices and signs, and $P\,\theta_d$ is a look-up. The idea is Uni-LoRA's.
 
 
-# %%
+# %% tags=["live"]
 def one_hot_draw(D, d, seed):
     """(slots [D], values [D]): row i of P has values[i] in column slots[i], and columns have norm 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -508,7 +549,7 @@ def seconds_per_step(model, steps):
     return statistics.median(times_s)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 step_s = {"ordinary": seconds_per_step(MLP(), 60)}
 print(f"{'projection':10} {'P holds':>10} {'optimizer':>10} {'step':>8} {'of ordinary':>12}")
 print(f"{'ordinary':10} {'':>10} {8 * 199_210 / 1e6:>7.3f} MB {1e3 * step_s['ordinary']:>5.1f} ms")
@@ -522,6 +563,12 @@ for kind in ("one_hot", "sparse", "fastfood", "dense"):
     )
 del model
 compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["ordinary"])
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: what must be in the file? Not P, not theta_0: two seeds and 750 numbers, 3 KB.
+# - *Say*: from another start the numbers mean nothing, so the loader refuses.
 
 # %% [markdown]
 # A dense $P$ is read twice in each step, once forward and once for the gradient: 1.2 GB. Sparse and one-hot read a few
@@ -537,7 +584,7 @@ compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["o
 # $\theta_0$ may be a file and not a seed. So the checkpoint holds $\theta_d$, the seed of $P$, a hash of $\theta_0$, a
 # fingerprint of the draws, and the version.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils.subspace import SubspaceFileError, load_subspace, save_subspace
 
 torch.manual_seed(0)
@@ -556,6 +603,14 @@ for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden
         load_subspace(folder / "no_seed", make)
     except SubspaceFileError as error:
         print(f"{name}: {str(error).replace(str(folder), '...')}\n")
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Say*: two definitions, two numbers. The famous 750 is global.
+# - *Room*: 6.4, 3 minutes. `d_int90 is ...: the baseline is the one on the training images` is the mistake of the
+#   field.
+# - *Ask*: the curve dips again after it has crossed; which d counts? The first.
 
 # %% [markdown]
 # The first is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
@@ -603,6 +658,13 @@ def first_d_above(dims, accuracy_SD, full, definition):
 
 check("6.4", first_d_above)
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: runs do not talk to each other: the easiest parallel work there is, and the ring collects it.
+# - *Ask*: local d_int90 on 4,000 images? Guesses first; the sweep takes about a quarter of a minute.
+# - *Say*: the authors' curve is faint because it is not comparable: other data, more epochs.
+
 # %% [markdown]
 # ## Many runs, several cores
 #
@@ -638,7 +700,7 @@ def my_share(jobs):
     return mine_alone, accuracies
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 jobs = [(d, seed) for d in (10, 100) for seed in (0, 1)]
 for rank, (alone, added) in enumerate(ranks.run(my_share, jobs)):
     print(
@@ -728,6 +790,13 @@ if PROFILE == "full":
     measure_intrinsic_dimension(MLP, shipped, **asked)
     print(f"done after {time.perf_counter() - began_s:.0f} s more")
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: global 750, like the famous number; local 500. A number without its definition can be off by a third.
+# - *Ask*: parameters grow 24-fold, and the dimension? Less than twofold.
+# - *Say*: shuffled labels: nothing to understand, so every image costs directions.
+
 # %% [markdown]
 # ## The measurement itself
 #
@@ -816,6 +885,16 @@ if PROFILE == "full":
             f"{label}: {[round(a, 3) for a in found.accuracy[0].tolist()]}, global {found.d_int90('global')}"
         )
 
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Ask*: LoRA with 210 numbers: in how many directions can it move in its first step? Ten. Why? B is zero.
+# - *Say*: equal counts, three methods, two starts. From a random start LoRA loses by far: the rank is short, not the
+#   count.
+# - *Ask*: why does everybody use the method with the worse accuracy per parameter? Let the room answer from the FLOPs
+#   column.
+# - *Say*: do not skip this table.
+
 # %% [markdown]
 # ## Is LoRA one way to pick directions?
 #
@@ -893,7 +972,7 @@ def with_method(model, method, budget, seed=0):
     return RandomSubspace(model, budget, projection="one_hot", seed=seed)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -963,6 +1042,13 @@ for start in ("pre-trained", "random initialisation"):
         gain = finals[start, "subspace with scales", budget] - finals[start, "random subspace", budget]
         print(f"{start:22} {budget:>5,}: {100 * gain.mean():+.2f} points, spread {100 * gain.std():.2f}")
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: does 750 mean that a network with 750 parameters would do? No: all 199,210 take part in each forward.
+# - *Say*: if r = 1 is as good as r = 8, rank is not what limits you.
+# - *Ask*: theta_0 is frozen; how many bits does it need? That is 07.
+
 # %% [markdown]
 # A random subspace needs the gradient of every weight before it can project it, so its FLOPs are those of full training, and $P$
 # comes on top. LoRA never computes that gradient: a frozen layer needs the gradient of its input only. That is about
@@ -1014,11 +1100,6 @@ for start in ("pre-trained", "random initialisation"):
 # [arXiv:2506.00799](https://arxiv.org/abs/2506.00799) · Hu and others, *LoRA*, 2021,
 # [arXiv:2106.09685](https://arxiv.org/abs/2106.09685) ·
 # [torch.func.functional_call](https://docs.pytorch.org/docs/stable/generated/torch.func.functional_call.html)
-
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Ask for the toy's number before anything else, and write the room's guesses on the board. Code 6.1 live up
-# to the buffer, and let the room find where P belongs. If time is short, skip static graphs and 6.3 (`mine` supplies it). Do not
-# skip the LoRA table: let the room explain why the method with the worse accuracy per parameter is the one that everybody uses.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 ranks.stop()
