@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast notebooks solutions bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast notebooks solutions cheatsheet bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ solutions: setup  ## execute the solution versions and keep their outputs
 
 bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 5 minutes on an idle machine)
 	@$(PY) benchmarks/run.py
+
+cheatsheet: setup  ## print the cheat sheet: build/cheatsheet.pdf, one page
+	@$(PY) -m workshop_utils.teaching.cheatsheet build/cheatsheet.pdf
 
 doctor: setup  ## is this machine ready? Every failing line names its cure
 	@$(PY) -m workshop_utils doctor
