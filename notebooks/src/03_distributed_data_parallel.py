@@ -1168,7 +1168,7 @@ for images in torch.randn(3, 16, 8):
 #
 # The two repairs:
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 # %%ranks --deadline 20
 from torch.distributed.algorithms.join import Join
 
