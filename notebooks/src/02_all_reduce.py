@@ -289,7 +289,8 @@ def reduce_by_torch(picture):
 figure = show_collective("reduce to rank 0", reduce, reduce_by_torch)
 
 # %% [markdown]
-# Four digits on top of each other, added pixel by pixel, on rank 0 only. After torch's `reduce` the tensors of the
+# Four digits on top of each other, added pixel by pixel, on rank 0 only. (They look pale before, because black is now
+# the largest sum.) After torch's `reduce` the tensors of the
 # other ranks may hold anything, partial sums for instance, so we return nothing there.
 #
 # The three that are left end on *all* ranks. Written with those above, each is two lines.
@@ -401,7 +402,8 @@ for rank, num_bytes in enumerate(naive_sent):
 # ## Can others help with the passing on?
 #
 # Add in pairs, then in pairs of pairs: a *tree*. The first two steps of this figure are the reduce, the last two
-# the broadcast. A slot is filled once that rank's numbers are in; a heavy border means that all are in.
+# the broadcast. Each part shows what the ranks hold after its step; the arrows say who has sent to whom. A slot is
+# filled once that rank's numbers are in; a heavy border means that all are in.
 
 
 # %%
