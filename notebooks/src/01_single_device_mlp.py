@@ -280,7 +280,8 @@ with torch.autograd.graph.saved_tensors_hooks(show_saved, lambda tensor: tensor)
 # %% [markdown]
 # Read it from the top. The first layer keeps its input, the images. A ReLU keeps its output, and the next layer
 # keeps the same tensor as its input: one tensor, kept twice, held once. The two lines with a name are parameters,
-# which are there anyway. The loss keeps the log-probabilities, the labels and one number.
+# which are there anyway. The loss keeps the log-probabilities, also twice, the labels and one
+# number.
 #
 # So there is a formula. With $B$ images in the batch (count), layer inputs of 784, 200 and 200 numbers and 10
 # scores (numbers per image), 4 bytes for each number and 8 for each label:
