@@ -28,10 +28,8 @@ from workshop_utils.network import (
     LINKS,
     Link,
     all_gather_s,
-    fit_link,
     reduce_scatter_s,
     ring_all_reduce_s,
-    shared_all_reduce_s,
 )
 from workshop_utils.plotting import all_reduce, costs, data_parallel, fully_sharded, single_device
 
@@ -72,29 +70,10 @@ def ring() -> Figure:
     return all_reduce.plot_all_reduce_steps("ring", 4)
 
 
-def halving_doubling() -> Figure:
-    return all_reduce.plot_all_reduce_steps("halving-doubling", 4)
-
-
 def seconds_of_64_ranks() -> Figure:
     link, sizes = LINKS["10 Gb/s Ethernet"], [1e3 * 2**k for k in range(18)]
     lines = {name: (sizes, [cost(s, 64, link) for s in sizes]) for name, cost in ALL_REDUCE_S.items()}
     return costs.plot_seconds("Predicted: 64 ranks, 10 Gb/s Ethernet", lines)
-
-
-def ring_on_loopback() -> Figure:
-    rows = recorded("ring")["rows"]
-    worlds, sizes, times_s = zip(*rows)
-    link, curve, lines, points = (
-        fit_link(sizes, times_s, worlds, "ring"),
-        [1e3 * 2**k for k in range(17)],
-        {},
-        {},
-    )
-    for n in sorted(set(worlds)):
-        lines[f"{n} ranks"] = curve, [shared_all_reduce_s("ring", size, n, link) for size in curve]
-        points[f"{n} ranks"] = tuple(zip(*[(b, s) for m, b, s in rows if m == n]))
-    return costs.plot_seconds("The ring, recorded on 2 cores", lines, points)
 
 
 # Notebook 03
@@ -141,24 +120,11 @@ def links() -> Figure:
     )
 
 
-def scaling() -> Figure:
-    record = recorded("scaling")
-    rows = [row for row in record["scaling"] if row["fixed"] == "batch per rank"]
-    columns = [[row[key] for row in rows] for key in ("world_size", "steps_per_s", "communication_share")]
-    predicted = [1 - row["compute_s"] / row["predicted_step_s"] for row in rows]
-    cores = int(record["machine"].split()[0])
-    return data_parallel.plot_scaling("Recorded: steps", *columns, predicted, cores=cores)
-
-
 # Notebook 04
 
 
 def memory_bill() -> Figure:
     return fully_sharded.plot_memory_bill(7_500_000_000, world_size=64)
-
-
-def memory_bill_of_8() -> Figure:
-    return fully_sharded.plot_memory_bill(7_500_000_000, world_size=8)
 
 
 def live_bytes() -> Figure:
@@ -214,8 +180,7 @@ def tokens_per_device() -> Figure:
 
 
 FIGURES = (
-    dependencies, first_step_bytes, tree, ring, halving_doubling, seconds_of_64_ranks, ring_on_loopback,
-    timelines, shards, links, scaling, memory_bill, memory_bill_of_8, live_bytes,
+    dependencies, first_step_bytes, tree, ring, seconds_of_64_ranks,     timelines, shards, links, memory_bill, live_bytes,
     recorded_shares, share_by_ranks, multihost, tokens_per_device, *fine_tuning_figures.FIGURES,
 )  # fmt: skip
 

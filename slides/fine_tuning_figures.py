@@ -19,7 +19,7 @@ from workshop_utils.network import LINKS
 from workshop_utils.plotting import fsdp_qlora, planner, quantization, subspace
 from workshop_utils.plotting import lora as lora_plots
 from workshop_utils.published_memory import predicted_against_published
-from workshop_utils.quantization import dequantize_blockwise, dequantize_nf4, quantize_blockwise, quantize_nf4
+from workshop_utils.quantization import dequantize_nf4, quantize_nf4
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
@@ -140,23 +140,6 @@ def outlier_in_blocks() -> Figure:
     return quantization.plot_quantization("NF4", block_size=64, outlier=50)
 
 
-def error_by_block() -> Figure:
-    """Computed here, on 65,536 normal weights, as notebook 07 does."""
-    normal = torch.randn(65_536, generator=torch.Generator().manual_seed(0))
-    spoiled = normal.clone()
-    spoiled[1000] = 50.0
-    panels = {}
-    for title, weight in {"normal weights": normal, "with one outlier of 50": spoiled}.items():
-        panels[title] = {name: {} for name in quantization.FORMATS}
-        for name, errors in panels[title].items():
-            table = quantization.format_levels(name)
-            for size in (16, 64, 256, 1024, 4096, 65_536):
-                codes, absmax = quantize_blockwise(weight, table, size)
-                back = dequantize_blockwise(codes, absmax, table, size)
-                errors[size] = ((back - weight).square().sum() / weight.square().sum()).item()
-    return quantization.plot_error_by_block(panels)
-
-
 def bills() -> Figure:
     """SmolLM2's bytes from its shapes: weights, gradients and Adam in float32, linear layers in 4 bits for QLoRA."""
     spec = ModelSpec.from_name("smollm2")
@@ -268,6 +251,6 @@ def stability() -> Figure:
 
 FIGURES = (
     low_rank, lora_accuracy, forgetting, directions, toy, dimension_curve, width_depth, budgets, convergence,
-    levels, outlier_in_one_block, outlier_in_blocks, error_by_block, bills, qlora_losses, llama_8b, cases,
+    levels, outlier_in_one_block, outlier_in_blocks, bills, qlora_losses, llama_8b, cases,
     published, arrivals, kinds_by_strategy, shares_of_8b, stability,
 )  # fmt: skip
