@@ -70,6 +70,14 @@ def ring() -> Figure:
     return all_reduce.plot_all_reduce_steps("ring", 4)
 
 
+def ring_step_1() -> Figure:
+    return all_reduce.all_reduce_step_figure("ring", 4, 1)
+
+
+def ring_step_3() -> Figure:
+    return all_reduce.all_reduce_step_figure("ring", 4, 3)
+
+
 def seconds_of_64_ranks() -> Figure:
     link, sizes = LINKS["10 Gb/s Ethernet"], [1e3 * 2**k for k in range(18)]
     lines = {name: (sizes, [cost(s, 64, link) for s in sizes]) for name, cost in ALL_REDUCE_S.items()}
@@ -180,7 +188,7 @@ def tokens_per_device() -> Figure:
 
 
 FIGURES = (
-    dependencies, first_step_bytes, tree, ring, seconds_of_64_ranks,     timelines, shards, links, memory_bill, live_bytes,
+    dependencies, first_step_bytes, tree, ring, ring_step_1, ring_step_3, seconds_of_64_ranks,     timelines, shards, links, memory_bill, live_bytes,
     recorded_shares, share_by_ranks, multihost, tokens_per_device, *fine_tuning_figures.FIGURES,
 )  # fmt: skip
 
