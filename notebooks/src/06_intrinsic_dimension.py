@@ -354,7 +354,7 @@ for label, scaled in {"per tensor": per_tensor, "over all D": over_all}.items():
 # ### Exercise 6.2 · Unit columns over all D  (★, 4 min)
 #
 # The pieces of $P$ come as a list, one [D_i, d] for each tensor. Return the pieces scaled so that every column of the
-# whole has norm 1. A sparse draw can leave a column empty: it stays zero. Budget: the pieces are not put together into a
+# whole has norm 1. An empty column (in a sparse $P$) stays zero. Budget: the pieces are not put together into a
 # [D, d] matrix, which would double the memory.
 
 # %% [markdown] tags=["hints-6.2"]
@@ -415,7 +415,7 @@ assert torch.allclose(P_hot.T @ P_hot, torch.eye(30), atol=1e-6)
 #
 # As a matrix it would cost $n^2$ additions. By its own recipe, $H_{2n}$ of two halves $a$, $b$ is
 # $(H_n(a+b),\; H_n(a-b))$. So one pass makes sums and differences, the next one does the same inside each half, and after
-# $\log_2 n$ passes it is done.
+# $\log_2 n$ passes it is done. Any order of passes will do.
 #
 # ### Exercise 6.3 · The fast Hadamard transform  (★★★, 7 min)
 #
@@ -451,7 +451,7 @@ check("6.3", fast_hadamard_transform)
 # %% [markdown]
 # $H$ is symmetric, so the gradient of $H x$ is $H$ applied to the gradient. Autograd found that by itself here. Whoever
 # writes the backward by hand can get it wrong: a public implementation divides by $\sqrt n$ there and not in the
-# forward, and its gradients are too small in each of the two $H$. Training still goes down, which is why `gradcheck`,
+# forward, and its gradients are too small in each of the two $H$. The loss still goes down, which is why `gradcheck`,
 # the comparison with finite differences, is worth its three lines.
 
 # %% tags=["nbval-check-output"]
@@ -613,7 +613,7 @@ for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden
 # - *Ask*: the curve dips again after it has crossed; which d counts? The first.
 
 # %% [markdown]
-# The first is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
+# What was loaded is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
 # a loader that trusted the shape would give ten percent accuracy and no error. This one compares hash, size and
 # fingerprint, and refuses.
 #
@@ -626,7 +626,7 @@ for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden
 # - **global**: a fixed accuracy for the task, 1.0 for MNIST, so that networks can be compared with each other;
 # - **local**: what this very network reaches when all of it is trained, on the same test images.
 #
-# The famous 750 is the global number of the network with two layers of 400.
+# The 750 that the paper is known for is the global number of its network with two layers of 400.
 #
 # ### Exercise 6.4 · The rule  (★, 3 min)
 #
@@ -669,7 +669,7 @@ check("6.4", first_d_above)
 # ## Many runs, several cores
 #
 # A measurement is a grid: some ten values of $d$ times the seeds, each a whole training. The runs do not talk to each other,
-# which is the easiest kind of parallel work: deal them out to the ranks, and at the end let everybody know everything.
+# so deal them out to the ranks, and at the end all know everything.
 # Each rank fills in its own places of a tensor of zeros, and the ring of notebook 02 adds the tensors up.
 
 # %% tags=["nbval-ignore-output"]
@@ -820,15 +820,15 @@ for _, _, one in results("mnist")[1:]:
     print(f"{one.settings['projection']}, {len(one.seeds)} seed: global {one.d_int90('global')}")
 
 # %% [markdown]
-# Ours crosses 0.90 at 750, like the famous number, and single seeds cross between 700 and 800: the rule reads a flat curve
+# Ours crosses 0.90 at 750, like the paper's number, and single seeds cross between 700 and 800: the rule reads a flat curve
 # where it meets a flat line, so a spread of a hundred is nothing unusual. The authors' three runs of this network cross
-# at 725, 900 and 900; their own estimate is 786 +- 66. The local line lies 0.02 lower and is crossed some two hundred
-# directions earlier. So a number without its definition can be off by a third.
+# at 725, 900 and 900; their own estimate is 786 +- 66. The local line lies 0.02 lower and is crossed at 500.
+# So a number without its definition can be off by a third.
 #
 # ### What does the number depend on?
 #
-# Two more questions to the recording. Other networks: D from 39,760 to 959,610, and LeNet. And a task with nothing to understand:
-# labels that were shuffled, to be learned by heart.
+# Two more questions to the recording. Other networks: D from 39,760 (FC 1x50: one hidden layer of 50) to 959,610
+# (FC 5x400), and LeNet. And a task with nothing to understand: labels that were shuffled, to be learned by heart.
 
 # %% tags=["nbval-ignore-output"]
 others = [*results("width_depth"), *results("lenet")]
@@ -853,9 +853,9 @@ for _, num_images, found in results("shuffled"):
 # $d_{int90}$ compares architectures on a task, which a count of parameters does not. (For fully connected networks on
 # CIFAR-10 the authors found no such invariance: 3,000 to 15,000.)
 #
-# Shuffled labels have no rule to find, so every image costs directions, a few times their own number. The authors found
-# the same at their scale: 90,000 directions for 5,000 images, 190,000 for 50,000. With true labels the local
-# number was about the same for 4,000 and for 60,000 images: the rule is learned once.
+# Shuffled labels have no rule to find, so every image costs directions: about three here. The authors needed 90,000 for 5,000
+# images and 190,000 for 50,000, so fewer for each. With true labels the local number was 500 for 4,000 and for 60,000
+# images: the rule is learned once.
 #
 # **Measure them again** (extra, 10 min, with `PROFILE = "full"`): LeNet, the smallest and the largest network, and 600 shuffled labels.
 
@@ -901,7 +901,7 @@ if PROFILE == "full":
 # LoRA, too, trains few numbers, and its count depends on the layers and on $r$ only. On our network it can train 210 numbers
 # (output layer, $r$ = 1), 610 (and the middle layer), 1,594 (all), 3,188 and 4,782 ($r$ = 2 and 3). With $A$ frozen,
 # $\Delta W = B A$ is linear in $B$: a subspace, whose directions are picked by the layer's shape and by $A$. With $A$ trained
-# as well, the subspace turns while we move. So one can ask at each moment: in how many directions does $\Delta W$ react?
+# as well, the subspace turns while we move. So ask at each moment: in how many directions does $\Delta W$ react?
 #
 # **Predict.** LoRA with $r$ = 1 on the output layer trains 210 numbers. In how many independent directions can it move the
 # 2,000 weights in its first step, when $B = 0$?
@@ -1018,7 +1018,7 @@ figure = figures.plot_convergence(compared["rows"], compared["scored_after"], bu
 # fraction of LoRA's errors. So the count of trained numbers does not decide by itself. Here fine-tuning gets by with a low rank, and
 # training does not.
 #
-# Per step LoRA is not ahead either: its first steps move $B$ alone, as counted above.
+# Per step (second figure) LoRA is not ahead either: its first steps move $B$ alone, as counted above.
 #
 # So why does everybody use LoRA? The table has the other side of the bill.
 

