@@ -415,7 +415,7 @@ assert torch.allclose(P_hot.T @ P_hot, torch.eye(30), atol=1e-6)
 #
 # As a matrix it would cost $n^2$ additions. By its own recipe, $H_{2n}$ of two halves $a$, $b$ is
 # $(H_n(a+b),\; H_n(a-b))$. So one pass makes sums and differences, the next one does the same inside each half, and after
-# $\log_2 n$ passes it is done. Any order of passes will do.
+# $\log_2 n$ passes it is done. Any order will do.
 #
 # ### Exercise 6.3 · The fast Hadamard transform  (★★★, 7 min)
 #
