@@ -137,11 +137,11 @@ def test_catchups_cells(tree):
         (
             "# The end of what came before.\n#\n# ## First",
             "# First",
-            r":10: a note with minutes stands right before",
+            r":12: a note with minutes stands right before",
         ),
         ("    return 3 * x", "    return seconds", None),
-        ('["key-figures"]', '["nbval-ignore-output"]', r":58: this cell reads `seconds`, which .* line 26"),
-        ("def thrice(x):\n", "if True:\n", r":20: a cell tagged live defines a function or a class"),
+        ('["key-figures"]', '["nbval-ignore-output"]', r":58: this cell reads `seconds`, which .* line 28"),
+        ('["measures"]', '["live"]', r":28: a cell tagged live defines a function or a class"),
     ],
 )
 def test_a_source_that_cannot_be_taught_is_named(tree, old, new, complaint):

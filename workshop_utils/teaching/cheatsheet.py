@@ -45,7 +45,7 @@ COLLECTIVES = [
     (
         "reduce-scatter, ring",
         "all have S",
-        "each has S/n of the sum",
+        "each S/n of the sum",
         "(n-1)/n S",
         "(n-1) (α + S/n β)",
         network.reduce_scatter_s,
@@ -63,13 +63,11 @@ COLLECTIVES += [
 
 
 def collectives_table() -> str:
-    heads = ["collective", "before", "after", "busiest rank sends", "seconds", *EXAMPLE_LINKS]
+    heads = ["collective", "before", "after", "sent, at most", "seconds", *EXAMPLE_LINKS]
     rows = []
     for name, before, after, sent, seconds, cost_s in COLLECTIVES:
-        times = [
-            f"{1e3 * cost_s(EXAMPLE_BYTES, EXAMPLE_RANKS, LINKS[link]):.3g} ms" for link in EXAMPLE_LINKS
-        ]
-        rows.append([name, before, after, sent, seconds, *times])
+        times_s = [cost_s(EXAMPLE_BYTES, EXAMPLE_RANKS, LINKS[link]) for link in EXAMPLE_LINKS]
+        rows.append([name, before, after, sent, seconds, *(_milliseconds(time_s) for time_s in times_s)])
     return _table(heads, rows, numbers=2)
 
 
@@ -123,9 +121,7 @@ def lora_lines() -> list[str]:
 
 
 def nf4_lines() -> list[str]:
-    torch_state = torch.random.get_rng_state()
     weight = torch.randn(1024, 1024)
-    torch.random.set_rng_state(torch_state)
     bits, single = (quantize_nf4(weight, double_quant=d).bits_per_parameter for d in (True, False))
     sizes = [f"{n} B: {n * 4:g}, {n * 2:g}, {n * bits / 8:.1f} GB" for n in (7, 70)]
     levels = ", ".join(f"{level:.3f}" for level in nf4_levels().tolist())
@@ -138,9 +134,10 @@ def nf4_lines() -> list[str]:
     ]
 
 
+@torch.random.fork_rng(devices=[])  # models and weights are drawn: the reader's own numbers go on as before
 def cheat_sheet_html() -> str:
     """The page as HTML: no address in it, nothing is loaded."""
-    example = f"Right: S = {EXAMPLE_BYTES / 1e6:g} MB, n = {EXAMPLE_RANKS}."
+    example = f"Last two columns: S = {EXAMPLE_BYTES / 1e6:g} MB, n = {EXAMPLE_RANKS}."
     total = network.all_reduce_total_bytes("ring", 1, EXAMPLE_RANKS) / (2 * (EXAMPLE_RANKS - 1))
     words = (
         "n ranks, S bytes, each rank with a full-duplex link of its own: α seconds before the first byte, β seconds per"
@@ -188,15 +185,17 @@ def write_pdf(path: Path) -> None:
 
 STYLE = """
 .cheat-sheet, h1 { font-family: "DejaVu Sans", Verdana, sans-serif; }
-h1 { font-size: 15px; margin: 0 0 6px; }
-.cheat-sheet { font-size: 10px; line-height: 1.35; max-width: 1000px; }
-.cheat-sheet h2 { font-size: 12.5px; margin: 10px 0 2px; }
-.cheat-sheet p { margin: 0 0 3px; }
+h1 { font-size: 17px; margin: 0 0 10px; }
+.cheat-sheet { font-size: 11px; line-height: 1.45; max-width: 1000px; }
+.cheat-sheet h2 { font-size: 14px; margin: 16px 0 3px; }
+.cheat-sheet p { margin: 0 0 5px; }
 .cheat-sheet ul { margin: 0; padding-left: 14px; }
-.cheat-sheet table { border-collapse: collapse; font-size: inherit; width: 100%; margin: 0; }
-.cheat-sheet th, .cheat-sheet td { padding: 1.5px 6px 1.5px 0; text-align: left; border-bottom: 1px solid #8a8a9466; }
+.cheat-sheet li { margin-bottom: 3px; }
+.cheat-sheet table { border-collapse: collapse; font-size: 94%; width: 100%; margin: 0; }
+.cheat-sheet th, .cheat-sheet td { padding: 3px 6px 3px 0; text-align: left; border-bottom: 1px solid #8a8a9466; }
+.cheat-sheet td + td { white-space: nowrap; }
 .cheat-sheet .number { text-align: right; white-space: nowrap; }
-.cheat-sheet .columns { display: grid; grid-template-columns: 3fr 2fr; gap: 0 22px; }
+.cheat-sheet .columns { display: grid; grid-template-columns: 3fr 2fr; gap: 0 24px; }
 """
 
 
@@ -211,6 +210,10 @@ def _table(heads: list[str], rows: list[list[str]], numbers: int) -> str:
         return f"<tr>{f'</{tag}>'.join(marked)}</{tag}></tr>"
 
     return f"<table>{line(heads, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _milliseconds(time_s: float) -> str:
+    return f"{1e3 * time_s:,.0f} ms" if time_s >= 0.1 else f"{1e3 * time_s:.3g} ms"
 
 
 def _list(lines: list[str]) -> str:
