@@ -40,8 +40,8 @@ ranks = start_ranks(4)
 #
 # - *Say*: two calls, one on each side. The receiver brings the memory and knows the shape; only numbers travel.
 # - *Ask*: ranks 2 and 3 ran the same cell; what did they do? Nothing.
-# - *Break it*: ask rank 1 to receive from rank 2. It is no error, it waits: after the deadline `waiting in recv (from
-#   rank 2)`.
+# - *Break it*: let rank 1 receive from rank 2, with `--deadline 2`. It raises nothing, it waits: `in recv (from rank
+#   2)`.
 
 # %% [markdown]
 # ## What does one process know of another?
@@ -70,7 +70,7 @@ if rank == 1:
 #
 # - *Say*: play it first. Four people stand in a ring, each may give a card only after taking one.
 # - *Ask*: in which line is rank 0? Then read the report aloud; all four are in the same line.
-# - *Type*: 2.1 with `send` first, then `recv`: `waiting in send (to rank 1)`. Swapping helps nobody. Then `isend`.
+# - *Type*: 2.1 with `send` first, then `recv`: all wait `in send`. Swapping helps nobody. Then `isend`.
 # - *Room*: odd worlds. Who lets even ranks send first and swaps with a partner fails at 3 ranks.
 
 # %% [markdown]
@@ -392,7 +392,7 @@ for rank, num_bytes in enumerate(naive_sent):
 #
 # - *Say*: walk through the figure for n = 3 by hand. The condition `rank + distance < n` is the whole trick.
 # - *Room*: 2.2, 7 minutes. First mistake: rank 0 sends to all: `you sent 3.00 S, the budget is 2.00 S`. Second: it
-#   works for 4 and hangs for 3: `rank 2: waiting in recv (from rank 0)`. The world of 3 is the test.
+#   works for 4 and hangs for 3: rank 2 waits `in recv (from rank 0)`. The world of 3 is the test.
 # - *Stuck*: it is `tree_reduce_` backwards; the last receiver sends first.
 
 # %% [markdown]

@@ -722,7 +722,7 @@ my_guess = 400
 ### END SOLUTION
 guess("local d_int90 on 4,000 images", my_guess)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils.intrinsic_dimension import measure_intrinsic_dimension
 
 quick = {"dims": [100, 300, 500, 600, 750], "seeds": (0, 1), "epochs": 20}
@@ -760,6 +760,8 @@ def show_curve(title, found, comparable):
 recorded_file = resources.files("workshop_utils") / "recorded_intrinsic_dimension.json"
 recorded = json.loads(recorded_file.read_text(encoding="utf-8"))
 authors = dict(zip(recorded["authors"]["dims"], recorded["authors"]["accuracy"]))
+
+# %% tags=["measures", "nbval-ignore-output"]
 num_images = len(data.train_labels)
 figure = show_curve(f"{num_images:,} images, measured now", measured, comparable=num_images == 60_000)
 
