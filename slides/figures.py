@@ -188,8 +188,9 @@ def tokens_per_device() -> Figure:
 
 
 FIGURES = (
-    dependencies, first_step_bytes, tree, ring, ring_step_1, ring_step_3, seconds_of_64_ranks,     timelines, shards, links, memory_bill, live_bytes,
-    recorded_shares, share_by_ranks, multihost, tokens_per_device, *fine_tuning_figures.FIGURES,
+    dependencies, first_step_bytes, tree, ring, ring_step_1, ring_step_3, seconds_of_64_ranks, timelines, shards, links,
+    memory_bill, live_bytes, recorded_shares, share_by_ranks, multihost, tokens_per_device,
+    *fine_tuning_figures.FIGURES,
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ LACKING = build.missing_tools()
 needs_marp = [
     pytest.mark.browser,
     pytest.mark.slow,
+    pytest.mark.timeout(600),  # a minute on an idle machine
     pytest.mark.skipif(bool(LACKING) and "CI" not in os.environ, reason=f"{LACKING} (CI must have it)"),
 ]
 
@@ -30,7 +31,7 @@ def made():
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=580,
     )
 
 
