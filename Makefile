@@ -86,6 +86,9 @@ figures: setup  ## the slides' figures alone, in build/figures
 bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 5 minutes on an idle machine)
 	@$(PY) benchmarks/run.py
 
+cheatsheet: setup  ## print the cheat sheet: build/cheatsheet.pdf, one page
+	@$(PY) -m workshop_utils.teaching.cheatsheet build/cheatsheet.pdf
+
 doctor: setup  ## is this machine ready? Every failing line names its cure
 	@$(PY) -m workshop_utils doctor
 
