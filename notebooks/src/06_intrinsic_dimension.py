@@ -348,7 +348,7 @@ for label, scaled in {"per tensor": per_tensor, "over all D": over_all}.items():
 # %% [markdown]
 # Per tensor, the ten output biases move as far as the 156,800 weights of the first layer: one sixth of the squared length
 # for each tensor. That is a preference, not a random direction. And the columns are $\sqrt 6$ long, so the learning rate means
-# something else for each architecture. (Public implementations do this; one ends with norms between 2 and 16.)
+# something else for each architecture. (Public implementations do this.)
 # Over all $D$, each parameter has its equal share, and a step of length 1 in the subspace moves the network by about 1.
 #
 # ### Exercise 6.2 · Unit columns over all D  (★, 4 min)
@@ -575,8 +575,8 @@ compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["o
 # megabytes and are more than ten times faster. Nothing is cheaper than ordinary training: the full gradient is in each of
 # them. What a subspace does save stands in the third column, the two moments of Adam.
 #
-# Do the cheap ones find worse subspaces? The recording below has sparse and one-hot beside each other, and shows no difference.
-# One-hot is what we use from now on.
+# Do the cheap ones find worse subspaces? The recording below shows no difference between sparse and one-hot.
+# We use one-hot from now on.
 #
 # ## What has to be saved?
 #
@@ -823,7 +823,7 @@ for _, _, one in results("mnist")[1:]:
 
 # %% [markdown]
 # Ours crosses 0.90 at 750, like the paper's number, and single seeds cross between 700 and 800: the rule reads a flat curve
-# where it meets a flat line, so a spread of a hundred is nothing unusual. The authors' three runs of this network cross
+# where it meets a flat line, so a spread of a hundred is usual. The authors' three runs of this network cross
 # at 725, 900 and 900; their own estimate is 786 +- 66. The local line lies 0.02 lower and is crossed at 500.
 # So a number without its definition can be off by a third.
 #
@@ -848,7 +848,8 @@ for _, num_images, found in results("shuffled"):
     print(f"{num_images:>6,} images: d_int90 = {d}{per_image}   (grid ends at {found.dims[-1]:,})")
 
 # %% [markdown]
-# From the smallest to the largest network the parameters grow 24-fold, and the dimension less than twofold. A larger network
+# From the smallest to the largest network the parameters grow 24-fold, and the dimension less than twofold. (One seed each: FC 2x200,
+# at 750 with three, is at 900.) A larger network
 # has more parameters *and* more solutions, so a random subspace of the same size still meets them. The narrow and deep
 # one is not there with 1,400 directions: eight epochs are too few for it. (The authors trained for a hundred, and all of
 # theirs lie between 575 and 775.) LeNet, which knows that pixels have neighbours, needs far fewer directions. So
@@ -1010,7 +1011,7 @@ figure = figures.plot_budgets(compared["rows"])
 figure = figures.plot_convergence(compared["rows"], compared["scored_after"], budget=1594)
 
 # %% [markdown]
-# Lower is better; both axes are logarithmic. Left, **from the pre-trained base**, the methods are close: from 610
+# Lower is better; axes are logarithmic; the curve with scales is explained below. Left, **from the pre-trained base**, the methods are close: from 610
 # numbers on within about a point. LoRA is last at each budget, and random directions among its own factors are among the
 # best. At 210 LoRA falls behind, and its seeds disagree: its numbers sit in one layer, and with $r$ = 1 that layer has a
 # single direction in which to tell two new digits apart.
@@ -1054,7 +1055,7 @@ for start in ("pre-trained", "random initialisation"):
 # %% [markdown]
 # A random subspace needs the gradient of every weight before it can project it, so its FLOPs are those of full training, and $P$
 # comes on top. LoRA never computes that gradient: a frozen layer needs the gradient of its input only. That is about
-# half of the FLOPs, and 1,594 numbers of gradient where a subspace has 199,210 on the way. At 7 billion parameters these
+# half of the FLOPs, and 1,594 numbers of gradient where a subspace has 199,210. At 7 billion parameters these
 # are 28 GB in float32, which is what fine-tuning wanted to avoid. So LoRA is no good bargain per trained number, and a good one
 # per FLOP and per byte. The third method takes from both: LoRA's layers, hence its FLOPs, and random directions among its factors,
 # hence any $d$. That is the idea of Uni-LoRA.

@@ -130,7 +130,8 @@ planner("llama-8b", "qlora", 2)
 
 # %% [markdown]
 # LoRA removes the states, NF4 most of the weights, FSDP half of what is left. After that the bar is made of what none
-# of the three touches: activations, scores, and the embedding, gathered whole. Try "checkpointing", and longer texts.
+# of the three touches: activations, scores, and the embedding, gathered whole. (The number at the end of a bar
+# includes 1.3 GiB for CUDA. Your guess is compared without.) Try "checkpointing", and longer texts.
 #
 # The same on the command line: `python -m workshop_utils plan llama-8b --gpus 2 --method qlora`.
 #
@@ -159,7 +160,7 @@ for row in published:
 # %% [markdown]
 # Where a source gives the memory that tensors took, the formulas are close. Where they are off, it is downwards, and the
 # source gives something larger: what the allocator had reserved, or what the driver saw. So leave room. `fits` sets
-# aside 1.3 GiB for CUDA itself; fragmentation comes on top.
+# aside 1.3 GiB for CUDA itself; fragmentation comes on top. Hollow points are figures that we know at second hand.
 #
 # ## And on these ranks?
 #
@@ -738,15 +739,15 @@ for name, plan in case_plans.items():
 # - **70B on 2 x 24 GB.** 4 bits alone are 35 GB. Sharded, predicted 29 GB on each card; PEFT's documentation has 35.6. With
 #   offload it fits: predicted 10 GB; fsdp_qlora's authors saw 14.92 GiB reserved (2 x 3090 and 2 x 4090), PEFT's
 #   documentation has 19.6 GB, and 107 GB on the host. Hours, too: 11,795 s against 4,399 s for the same data on
-#   the two kinds of card.
+#   the two kinds of card. (With each source's own settings, the formulas gave 29.9 GB, 11 GiB and 11.8 GB above.)
 #
 # ## When does the link decide?
 #
 # In 04 a step was half communication where tokens per GPU times the link's bandwidth equalled the GPU's speed. Now the
 # gathers are in 4 bits and the gradients are gone.
 #
-# **Predict.** 8B on two A100s over PCIe 4, nothing overlapped. From how many tokens on does QLoRA under FSDP
-# communicate for less than half of its step?
+# **Predict.** 8B on two A100s over PCIe 4, nothing overlapped. From how many tokens on, 64 doubled again and again, does
+# QLoRA under FSDP communicate for less than half of its step?
 
 # %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
