@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast notebooks solutions bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast test-browser notebooks solutions slides figures cheatsheet bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test-fast: setup lint  ## the checks that run no notebook and no browser (less t
 	@$(PYTEST) -m "alone and not browser and not slow"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not slow"
 
+test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
+	@$(PYTEST) -m browser
+
 .PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
@@ -75,8 +78,17 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
 
+slides: setup  ## the decks of slides/ as HTML and PDF in build/slides, each slide measured (node and Chromium needed)
+	@$(PY) slides/build.py
+
+figures: setup  ## the slides' figures alone, in build/figures
+	@$(PY) slides/figures.py
+
 bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 5 minutes on an idle machine)
 	@$(PY) benchmarks/run.py
+
+cheatsheet: setup  ## print the cheat sheet: build/cheatsheet.pdf, one page
+	@$(PY) -m workshop_utils.teaching.cheatsheet build/cheatsheet.pdf
 
 doctor: setup  ## is this machine ready? Every failing line names its cure
 	@$(PY) -m workshop_utils doctor

@@ -1,6 +1,6 @@
 """Build the notebooks from their sources: src/NN_name.py -> learner, solutions and instructor versions.
 
-    python notebooks/build.py                build every notebook and workshop_utils/exercises.json
+    python notebooks/build.py                build every notebook, exercises.json and notebook_cells.json
     python notebooks/build.py 02             only notebook 02
     python notebooks/build.py --execute 02   and run its solutions, keeping their outputs
     python notebooks/build.py --check        change nothing; exit 1 and list what is stale
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 
+from sections import ONLY_TO_BUILD, check_live_names, collect_cells, instructor_texts
 from source import Cell, SourceError, collect_exercises, read_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,15 +46,17 @@ SOLUTIONS_NOTE = (
 def render(stem: str, cells: list[Cell], version: str):
     """The notebook of one version. Ids go by position in the source, so a rebuild changes no byte."""
     notebook = nbformat.v4.new_notebook(metadata=METADATA)
+    other_texts = instructor_texts(Path(f"{stem}.py"), cells) if version == "instructor" else {}
     for position, cell in enumerate(cells):
         if LEFT_OUT[version] & set(cell.tags):
             continue
-        source = cell.solution if version == "solutions" else cell.learner
+        source = cell.solution if version == "solutions" else other_texts.get(position, cell.learner)
         if position == 0 and version == "solutions":
             source += SOLUTIONS_NOTE.format(stem=stem)
         new = nbformat.v4.new_markdown_cell if cell.kind == "markdown" else nbformat.v4.new_code_cell
         # only the solutions have outputs that nbval could compare
-        tags = [tag for tag in cell.tags if version == "solutions" or tag != "nbval-check-output"]
+        unwanted = ONLY_TO_BUILD if version == "solutions" else ONLY_TO_BUILD | {"nbval-check-output"}
+        tags = [tag for tag in cell.tags if tag not in unwanted]
         metadata = {"tags": tags} if tags else {}
         notebook.cells.append(new(source, id=f"cell-{position:03d}", metadata=metadata))
     return notebook
@@ -189,9 +192,20 @@ def exercises_text(root: Path, sources: dict[str, list[Cell]], everything: bool)
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
+def cells_text(root: Path, sources: dict[str, list[Cell]], everything: bool) -> str:
+    """What notebook_cells.json should hold; notebooks that were not chosen keep their entries."""
+    target = root / "workshop_utils/notebook_cells.json"
+    data = {} if everything or not target.exists() else json.loads(target.read_text(encoding="utf-8"))
+    data |= {stem: collect_cells(Path(f"{stem}.py"), cells) for stem, cells in sources.items()}
+    check_live_names(data)
+    return json.dumps(dict(sorted(data.items())), indent=1, ensure_ascii=False) + "\n"
+
+
 def planned_files(root: Path, sources: dict[str, list[Cell]], everything: bool):
     """{path: text} of every file to write, and the solutions that have no outputs of their present code."""
-    files = {root / "workshop_utils/exercises.json": exercises_text(root, sources, everything)}
+    package = root / "workshop_utils"
+    files = {package / "exercises.json": exercises_text(root, sources, everything)}
+    files[package / "notebook_cells.json"] = cells_text(root, sources, everything)
     without_outputs = []
     for stem, cells in sources.items():
         files[root / f"notebooks/{stem}.ipynb"] = as_text(render(stem, cells, "learner"))

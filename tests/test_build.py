@@ -140,7 +140,7 @@ def test_solutions_and_instructor_versions(tree):
     assert any("only in the solutions" in c.source for c in solved)
     assert not any("Ask the room" in c.source for c in solved)
     assert any("Ask the room" in c.source for c in instructor)
-    assert LEARNER_CELL in [c.source for c in instructor]
+    assert '# live 7.1: def twice(x)\n# then: check("7.1", twice)' in [c.source for c in instructor]
 
 
 def test_exercises_json_is_all_that_hint_solution_and_mine_need(tree):

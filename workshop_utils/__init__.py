@@ -5,6 +5,7 @@ which needs few of them, starts quickly.
 """
 
 import importlib
+import sys
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,8 @@ _HOME = {
     "mine": "learning",
     "progress": "learning",
     "solution": "learning",
+    "cheat_sheet": "teaching.cheatsheet",
+    "large_fonts": "teaching.fonts",
     "RankError": "ranks",
     "current_ranks": "ranks",
     "start_ranks": "ranks",
@@ -35,7 +38,22 @@ def __dir__() -> list[str]:
 
 
 def load_ipython_extension(shell) -> None:
-    """`%load_ext workshop_utils` makes `%%ranks` known, as `start_ranks` does."""
+    """`%load_ext workshop_utils` makes `%%ranks` known, as `start_ranks` does, and `%catchup` and `%reveal`."""
     from workshop_utils.ranks.magic import register_magic
+    from workshop_utils.teaching import magics
 
     register_magic(shell)
+    magics.register(shell)
+
+
+def _register_line_magics() -> None:
+    """In a notebook, an import of this package makes `%catchup` and `%reveal` known. Elsewhere nothing happens."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    shell = get_ipython()
+    if shell is not None:
+        from workshop_utils.teaching import magics
+
+        magics.register(shell)
+
+
+_register_line_magics()

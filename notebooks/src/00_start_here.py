@@ -11,6 +11,11 @@
 #
 # 10 minutes. It builds on nothing but Python.
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Ask who got a failing line from the doctor before anything else, and pair those people
+# up. Let the room shout guesses for the start of the ranks. The deadlock is the moment to slow down: have one
+# person read the report aloud.
+
 # %% [markdown]
 # A notebook is a list of cells. Click on a code cell and press **Shift+Enter**: it runs, and the next cell is
 # selected. Go from top to bottom. Nothing breaks if you run a cell twice. "Run All" in the *Run* menu works too,
@@ -31,13 +36,19 @@ from workshop_utils import check, compare_guess, guess, hint, mine, solution, st
 
 use_style()
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: a line that says `fail` names its cure; a warning can wait.
+# - *Ask*: who has a failing line? Pair those people with a neighbour now, and repair in the break.
+
 # %% [markdown]
 # ## Is this machine ready?
 #
 # The doctor looks at the Python that runs this notebook, at the packages, the memory, the disk and the data. It
 # also starts two processes and lets them add two numbers. That takes about ten seconds.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils import doctor
 
 doctor.report()
@@ -45,6 +56,13 @@ doctor.report()
 # %% [markdown]
 # A line that failed names its cure. A warning can wait: the notebook that needs the missing thing says so. No GPU
 # is needed anywhere.
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: four real processes, each with its own variables. The notebook's own process is a fifth.
+# - *Ask*: how many seconds until four are ready? Let them shout; most say one.
+# - *Break it*: run `my_numbers` in a cell without `%%ranks`. It is a NameError: this process knows nothing of it.
 
 # %% [markdown]
 # ## Four processes
@@ -107,6 +125,12 @@ my_numbers
 # %% tags=["nbval-check-output"]
 "my_numbers" in globals()
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: 0, 1, 2 and 3 on the ranks; what will each hold after the all-reduce? Wait for a six.
+# - *Say*: twelve bytes are numbers, the rest of the last line is gloo's bookkeeping.
+
 # %% [markdown]
 # ## Talking to each other
 #
@@ -143,6 +167,13 @@ compare_guess("after the all_reduce", 0 + 1 + 2 + 3)
 # | `%%ranks --deadline 5` | on every rank, and is stopped after 5 seconds |
 # | `%%ranks --expect-error` | on every rank; a failure is shown, and "Run All" goes on |
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: read a report from the top. The first line names the rank that failed first; the others only waited.
+# - *Ask*: have one person read the deadlock's report aloud. Which rank is not in the list? It is rank 0.
+# - *Break it*: the two cells are the mistakes. If somebody's notebook hangs, show the stop button: three seconds.
+
 # %% [markdown]
 # ## When something goes wrong
 #
@@ -159,7 +190,8 @@ dist.all_reduce(numbers)
 # %% [markdown]
 # Read such a report from the top. The first line names the rank that failed first; that one is the cause. Below
 # it stands where the other ranks were at that moment: they waited, and nothing was wrong with them. At the end
-# comes rank 2's own traceback. It took about a second, no process died, and the variables are still there:
+# comes rank 2's own traceback. It took about a second, no process died, and the variables are still there. Each
+# element is 6 on every rank by now, and four sixes are added:
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks
@@ -183,11 +215,20 @@ if rank != 0:
 # The **stop button** (■, or *Kernel → Interrupt*) works as well: all ranks stop within three seconds. If a process
 # is lost for good, `ranks.restart()` or a new `start_ranks(4)` brings it back.
 
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Type*: 0.1 live, with `return 4 * tensor.numel()` first. The check says `bfloat16)) is 48, expected 24`.
+# - *Say*: the check ran it on tensors that you did not see. That is what it is for.
+# - *Room*: 0.2 is theirs, 3 minutes. Most write `rank - 1` for the left: `rank 0: (left, right) is [-1, 1]`.
+# - *Stuck*: `%` goes round in Python for negative numbers too; `-1 % 4` is 3.
+
 # %% [markdown]
 # ## How an exercise works
 #
 # You complete a function and run the cell. Its last line calls `check`, which tries your function and says what
 # it found: passed, or what was wrong, where, and what was expected. Try the cell below once before you change it.
+# The stars in a title say how hard an exercise is, the minutes how long it may take you.
 #
 # There are three hints for each exercise, each saying more than the one before. Open them under the exercise, or
 # call `hint("0.1")`. After the third, `solution("0.1")` shows one way to write it.
@@ -195,8 +236,9 @@ if rank != 0:
 # %% [markdown]
 # ### Exercise 0.1 · How many bytes?  (★, 1 min)
 #
-# A tensor of 3 x 4 float32 numbers takes 3 · 4 · 4 = 48 bytes, because a float32 number takes 4. In bfloat16 each
-# number takes 2. Complete `tensor_bytes`. It has to be right for every shape and every type of number.
+# A tensor of 3 x 4 float32 numbers takes 3 · 4 · 4 = 48 bytes, because a float32 number takes 4. In bfloat16, a
+# format with fewer digits, each number takes 2. Complete `tensor_bytes`. It has to be right for every shape and
+# every type of number.
 
 # %% [markdown] tags=["hints-0.1"]
 # 1. Two facts are needed: how many elements there are, and how many bytes one of them takes. A tensor knows both.
@@ -227,7 +269,8 @@ check("0.1", tensor_bytes)
 # every rank.
 #
 # Inside a function, ask torch who you are: `dist.get_rank()` and `dist.get_world_size()`. The names `rank` and
-# `world_size` exist in `%%ranks` cells only, and your function is defined here, in the notebook's process.
+# `world_size` exist in `%%ranks` cells only, and your function is defined here, in the notebook's process, and sent
+# to the ranks from here.
 
 # %% [markdown] tags=["hints-0.2"]
 # 1. Rank 2 of 4 has 1 on its left and 3 on its right. Only the two ends of the row need care.
@@ -247,6 +290,12 @@ def ring_neighbours():
 
 
 check("0.2", ring_neighbours)
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: answers are kept on this machine. Who skips an exercise can do the next one: `mine` has the reference.
+# - *Say*: who comes late, or whose kernel died, types `%catchup 02.7` and is where the room is.
 
 # %% [markdown]
 # ## Your own code, later
@@ -270,9 +319,10 @@ from workshop_utils import progress
 progress()
 
 # %% [markdown] tags=["instructor"]
-# **For the instructor.** Ask who got a failing line from the doctor before anything else, and pair those people
-# up. Let the room shout guesses for the start of the ranks. The deadlock is the moment to slow down: have one
-# person read the report aloud.
+# **0 min.**
+#
+# - *Say*: leave the map for home. Point at the rows of today, nothing more.
+# - *Ask*: who has not run `make fetch`? It needs a network, and 07 and 08 need it.
 
 # %% [markdown]
 # ## The map
@@ -290,6 +340,11 @@ progress()
 # | [08](08_fsdp_and_qlora.ipynb) | What can I fine-tune on the small GPUs I have? | 45 |
 #
 # The last two fine-tune a language model. `make fetch` brings it, once: do that while the network is good.
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: close the laptop lids and let three people say one line of the recap each, in their own words.
 
 # %% [markdown]
 # ## Recap

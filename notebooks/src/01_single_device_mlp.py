@@ -25,11 +25,19 @@ from workshop_utils import check, compare_guess, guess, hint, mine, solution, st
 
 use_style()
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: a device is one core in this series, so `torch.set_num_threads(1)`. Later each rank is one.
+# - *Type*: the MLP. Say the shape letters while you type them: B images, 784 pixels, 200 hidden units.
+# - *Ask*: where do most of the 199,210 parameters sit? Four of five are in fc1, and it matters in 01.5.
+
 # %% [markdown]
 # ## What do we train, and on what?
 #
 # Images of handwritten digits, 28 by 28 pixels, each with a label from 0 to 9. The line below says which images
-# this machine has: the 60,000 of MNIST, or the 5,000 of them that come with a Python package.
+# this machine has: the 60,000 of MNIST to train on, or 4,000 of the 5,000 that come with a Python package. Others
+# are kept apart for the test.
 
 # %% tags=["nbval-ignore-output"]
 from torch.nn import functional as F
@@ -51,7 +59,7 @@ figure = plot_digits(data.train_images[firsts], captions=range(10))
 # $m$ biases.
 
 
-# %%
+# %% tags=["live"]
 class MLP(nn.Module):
     def __init__(self, hidden=200):
         super().__init__()
@@ -72,6 +80,14 @@ for name, parameter in model.named_parameters():
     print(f"{name:11} {list(parameter.shape)!s:11} {parameter.numel():>8,}")
 num_parameters = sum(p.numel() for p in model.parameters())
 print(f"{'all':23} {num_parameters:>8,}")
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Type*: `train_step` live, but leave out `zero_grad`. Step 1 is right, then `step 2 moved by the gradients of
+#   steps 1 and 2 added up`. Let the room find the line.
+# - *Ask*: why does torch add gradients up instead of replacing them? The answer is 01.10.
+# - *Stuck*: five lines in this order: clear, forward and loss, backward, step, return the loss without its graph.
 
 # %% [markdown]
 # Four of five parameters sit in the first layer. Remember that: it will spoil a rule of thumb in a few minutes.
@@ -112,14 +128,21 @@ def train_step(model, optimizer, images, labels):
 
 check("1.1", train_step)
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: how many percent right? Write three guesses on the board before the cell runs; it takes some ten seconds.
+# - *Say*: seconds, on one core. So everything that follows is about what grows when the model or the data does.
+
 # %% [markdown]
 # ## Does it learn?
 #
 # `train` repeats a step on random batches of 256 images and lets the learning rate fall to zero on the way.
 # `mine("train_step")` is your step if it passed, and the reference if not, so you can go on either way.
 #
-# **Predict.** Which share of digits that it has never seen will the network read correctly, in percent? On 60,000
-# images, networks of this size reach about 98. With 4,000 images it will be less. How much less?
+# **Predict.** Which share of digits that it has never seen will the network read correctly, in percent? Trained
+# on 60,000 images, networks of this size reach about 98, and with 4,000 it is less. How much less? Look above
+# which of the two this machine has.
 
 # %%
 ### BEGIN SOLUTION
@@ -151,6 +174,15 @@ plt.title("The loss on the training batches falls all the way")
 plt.xlabel("step")
 plt.ylabel("loss, mean of 50 steps")
 plt.show()
+
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Room*: 1.2 is theirs, 4 minutes. Who multiplies by 4 hears `bfloat16: parameters is 796,840, expected 398,420`.
+# - *Break it*: write the formula 4 + 4 + 8 for every parameter. `a frozen layer: gradients is 159,440, expected
+#   2,440`.
+# - *Ask*: activations in units of the parameters' bytes? Most say far below 1; it is 1.54 at a batch of 256.
+# - *Say*: parameters, gradients, moments follow the model; activations follow the batch. The next figure shows it.
 
 # %% [markdown]
 # That took seconds, and nothing was distributed. So why would anybody use two devices? Because each of the things
@@ -210,7 +242,8 @@ for kind, count in held.items():
 # %% [markdown]
 # In float32 with Adam a parameter costs 4 + 4 + 8 = 16 bytes, three quarters of it for training alone. At that
 # rate a network of 7 billion parameters holds 112 GB. Which of these bytes each device needs is the question of
-# notebook 04.
+# notebook 04. (If your step clears the gradients at its end instead of its beginning, they are gone here, and the
+# line above says 0. They took their 4 bytes until then.)
 #
 # One kind is missing. Backward needs intermediate results of the forward: to get the gradient of a weight you
 # need what was multiplied by it. Autograd keeps them from the forward until the backward has used them. They are
@@ -247,7 +280,8 @@ with torch.autograd.graph.saved_tensors_hooks(show_saved, lambda tensor: tensor)
 # %% [markdown]
 # Read it from the top. The first layer keeps its input, the images. A ReLU keeps its output, and the next layer
 # keeps the same tensor as its input: one tensor, kept twice, held once. The two lines with a name are parameters,
-# which are there anyway. The loss keeps the log-probabilities, the labels and one number.
+# which are there anyway. The loss keeps the log-probabilities, also twice, the labels and one
+# number.
 #
 # So there is a formula. With $B$ images in the batch (count), layer inputs of 784, 200 and 200 numbers and 10
 # scores (numbers per image), 4 bytes for each number and 8 for each label:
@@ -267,7 +301,8 @@ ratio = saved.total_bytes / (4 * num_parameters)
 compare_guess("activations, in units of the parameters' bytes", ratio)
 
 # %% [markdown]
-# Equal to the byte. Now watch a first step from birth: what exists after each of its lines?
+# Equal to the byte, and half as much again as the parameters. Now watch a first step from birth: what
+# exists after each of its lines?
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.plotting.single_device import plot_bytes_by_kind
@@ -295,6 +330,12 @@ for batch_size in (1, 256, 4096):
         F.cross_entropy(new_model(torch.rand(batch_size, 784)), torch.zeros(batch_size, dtype=torch.int64))
     rows[f"batch {batch_size:,}"] = steady | {"activations": saved.total_bytes}
 figure = plot_bytes_by_kind(rows, "Only the activations grow with the batch")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: backward over forward? Everybody who has read a blog says 2. The counter says 1.21.
+# - *Say*: nobody waits for the gradient of the images. Ask for it, and the ratio is 2.0000.
 
 # %% [markdown]
 # ## What does a step compute?
@@ -359,6 +400,12 @@ print(f"our network, measured              {count_ratio(model, images):.4f}")
 print(f"with the images' gradient          {count_ratio(model, images.clone().requires_grad_()):.4f}")
 print(f"twenty more layers, without it     {count_ratio(deep, images):.4f}")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: which phase is longest? Then look at the white in the picture: Python, deciding what to do next.
+# - *Say*: a second device takes away arithmetic, not the white.
+
 # %% [markdown]
 # The rule is right for deep networks and wrong for yours. Measure before you quote.
 #
@@ -378,7 +425,7 @@ my_guess = "backward"
 ### END SOLUTION
 guess("the longest phase", my_guess)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from workshop_utils.plotting.single_device import busy_shares, plot_profile, step_timeline
@@ -400,12 +447,18 @@ with profile(activities=[ProfilerActivity.CPU]) as watched:
     for _ in range(25):
         marked_step()
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 spans, operations = step_timeline(watched)
 figure = plot_profile(spans, operations)
 compare_guess("the longest phase", max(spans, key=lambda phase: spans[phase][1] - spans[phase][0]))
 for what, share in busy_shares(spans, operations).items():
     print(f"{what:20} {share:.0%}")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: which gradient is complete first? Read it off the graph: the last layer's.
+# - *Say*: remember that order. Notebook 03 sends gradients in it.
 
 # %% [markdown]
 # Dark is arithmetic that the FLOP counter sees, light is the rest: small operations, most of them Adam's, each of
@@ -423,6 +476,13 @@ from workshop_utils.plotting.single_device import plot_autograd_graph
 
 loss = F.cross_entropy(model(images), labels)
 figure = plot_autograd_graph(loss, dict(model.named_parameters()))
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: strides of `A.T`? Answer before the figure: [1, 4], no byte moves.
+# - *Say*: a message is a run of bytes, so lists are flattened, or born flat. 03 and 04 are built on the last cell.
+# - *Break it*: `zero_grad()` after the buffer is set up. It sets `.grad` to None, and the tie to the buffer is gone.
 
 # %% [markdown]
 # Each layer is an `Addmm`, a matrix product with the bias added. `T` is there because a layer stores its weight as
@@ -449,6 +509,8 @@ print("A[0, 3] is now", A[0, 3].item())  # ... shows in the other
 print("storages of the model:", len({p.untyped_storage().data_ptr() for p in model.parameters()}))
 
 # %% [markdown]
+# `A.T` has the strides [1, 4]. What lies side by side is each of its columns, which were rows of `A`.
+#
 # A tensor is *contiguous* if reading it row by row reads its storage from left to right. That matters for us
 # because a message is a run of bytes: a network card or a socket sends what lies side by side.
 #
@@ -480,7 +542,7 @@ actions = {
     "copy one transposed tensor": lambda: target.copy_(square.T),
 }
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 times_s = {name: [] for name in actions}
 for _ in range(100):
     for name, action in actions.items():
@@ -506,6 +568,12 @@ F.cross_entropy(new_model(images), labels).backward()
 fresh = torch.autograd.grad(F.cross_entropy(new_model(images), labels), list(new_model.parameters()))
 print("the buffer holds all gradients:", torch.allclose(buffer, torch.cat([g.reshape(-1) for g in fresh])))
 print("bytes held for gradients:", f"{measure_memory(new_model).gradients_bytes:,}")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: one image of 256 is replaced; how many rows of the scores change? One. And of fc1's gradient? All.
+# - *Say*: that table is the series in five rows. Let people name the notebook for each.
 
 # %% [markdown]
 # The same number of bytes, no copy, and one message. Notebooks 03 and 04 are built on this. `buffer.zero_()` now
@@ -585,13 +653,22 @@ F.cross_entropy(net(images), labels).backward()
 print("gradients complete, in this order:", ", ".join(ready))
 
 # %% [markdown]
-# Write down what you found, in the form "part, needs, so it could run elsewhere if ...". Then compare with the
-# picture, which shows a batch cut into two halves.
+# Write down what you found, on paper or in a new cell, in the form "part, needs, so it could run elsewhere
+# if ...". Then compare with the picture, which shows a batch cut into two halves.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.plotting.single_device import plot_dependencies
 
 figure = plot_dependencies()
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Room*: 1.3 is theirs. Before they start, write the sum and the mean on the board, side by side.
+# - *Break it*: leave out the division. `the gradient is 2 times too large, and there are 2 parts`. SGD would show it,
+#   Adam not.
+# - *Ask*: equal in every bit in float32? No: about half of the entries differ in the last digits, and nothing is
+#   wrong.
 
 # %% [markdown]
 # | part | needs | could run elsewhere | notebook |
@@ -677,6 +754,14 @@ for x_part, y_part in zip(x.chunk(4), labels.chunk(4), strict=True):
     F.cross_entropy(net(x_part), y_part).backward()
 print(f"without the division the gradient is {flat_gradient(net).norm() / whole.norm():.3f} times as long")
 
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Ask*: 4,000 images on three devices; what does one image of the smallest part weigh in the mean of means?
+# - *Type*: the plain mean first: `sizes [7, 5]: the gradient is the plain mean of the parts' averages`. Then weigh by
+#   len(x).
+# - *Say*: nothing raised, the loss still falls. The last cell is off by hundreds of percent.
+
 # %% [markdown]
 # The sentence is proved far beyond 1e-6 in float64, and many entries differ all the same. Rounded sums depend on
 # their order, and cutting the batch changes the order. float32 keeps 24 binary digits, so a rounding is about 6e-8
@@ -736,6 +821,12 @@ for x_part, y_part in zip(x.split(part_sizes), labels.split(part_sizes), strict=
 mean_of_means_error = relative_error(flat_gradient(net), whole)
 print(f"mean of means:    off by {mean_of_means_error:.0%} of the largest entry")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: the last line of the recap, do the parts on different machines, is the next three notebooks.
+# - *Ask*: what must those machines tell each other? One word is enough: gradients.
+
 # %% [markdown]
 # The six images of the small part counted as much as a hundred and fifty others. No error was raised, and the loss
 # would still go down. Notebook 03 meets this again, with real ranks.
@@ -750,7 +841,7 @@ print(f"mean of means:    off by {mean_of_means_error:.0%} of the largest entry"
 # - The gradient of a big batch is the average of its parts' gradients, weighted by their sizes. Do the parts on
 #   different machines, and that sentence is data parallelism.
 
-# %% tags=["key-figures", "nbval-ignore-output"]
+# %% tags=["measures", "key-figures", "nbval-ignore-output"]
 print(f"test accuracy {test_accuracy:.1%}, trained on {len(data.train_images):,} images in {train_s:.0f} s")
 print(f"held per parameter: {sum(held.values()) / num_parameters:.1f} bytes without activations")
 print(f"activations of {B} images: {formula_bytes:,} bytes, {ratio:.2f} times the parameters")
@@ -759,6 +850,11 @@ print(f"flatten 6 gradients and back: {flatten_share:.0%} of a training step")
 print(
     f"big batch against 4 parts: {errors[torch.float64]:.0e} in float64, {errors[torch.float32]:.0e} in float32"
 )
+
+# %% [markdown] tags=["instructor"]
+# **0 min.**
+#
+# - *Say*: stop here. The references are for home.
 
 # %% [markdown]
 # ## What breaks next

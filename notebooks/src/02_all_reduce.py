@@ -11,8 +11,13 @@
 # - predict its seconds from latency and bandwidth, and say when which of the four is fastest.
 #
 # 50 minutes. It builds on [notebook 00](00_start_here.ipynb) (`%%ranks`, `check`) and on the end of [notebook
-# 01](01_single_device_mlp.ipynb): the gradient of a big batch is the sum of the gradients of its parts. If the
-# parts are on different devices, somebody has to add them up.
+# 01](01_single_device_mlp.ipynb): the gradient of a big batch is the average of the gradients of its parts. If
+# the parts are on different devices, somebody has to add them up.
+
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Play the ring with people before showing the figure: four volunteers, four cards each, the
+# room counts the steps. Ask for the guess of "naive / ring on one machine" by a show of hands; nearly everybody says
+# 2 to 4, and the tie is what they remember. If time is short, skip 2.4: `mine` supplies it.
 
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": 31 repeats of each measurement instead of 7, about half a minute longer
@@ -29,6 +34,14 @@ use_style()
 
 # %% tags=["nbval-ignore-output"]
 ranks = start_ranks(4)
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Say*: two calls, one on each side. The receiver brings the memory and knows the shape; only numbers travel.
+# - *Ask*: ranks 2 and 3 ran the same cell; what did they do? Nothing.
+# - *Break it*: let rank 1 receive from rank 2, with `--deadline 2`. It raises nothing, it waits: `in recv (from rank
+#   2)`.
 
 # %% [markdown]
 # ## What does one process know of another?
@@ -51,6 +64,14 @@ if rank == 1:
     box = torch.empty(3)
     dist.recv(box, src=0)
     print("rank 0 sent", box)
+
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Say*: play it first. Four people stand in a ring, each may give a card only after taking one.
+# - *Ask*: in which line is rank 0? Then read the report aloud; all four are in the same line.
+# - *Type*: 2.1 with `send` first, then `recv`: all wait `in send`. Swapping helps nobody. Then `isend`.
+# - *Room*: odd worlds. Who lets even ranks send first and swaps with a partner fails at 3 ranks.
 
 # %% [markdown]
 # The receiver brings the memory, and has to know shape and dtype beforehand: only the numbers travel. Ranks 2 and 3
@@ -112,8 +133,17 @@ def pass_right(tensor):
 
 check("2.1", pass_right)
 
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Type*: `broadcast` live; it is the first SPMD code. One text, every rank runs it, `rank` decides.
+# - *Say*: run the others, one sentence each. Ask before gather: what will rank 0 see? Four strips of four digits.
+# - *Ask*: which two figures, one after the other, are an all-reduce? Reduce-scatter, then all-gather. Write that on
+#   the board.
+
 # %% [markdown]
-# Your function also ran on two and three of the four ranks. A deadlock that shows only at three ranks is a classic.
+# The check also runs your function on two and on three of the four ranks. A deadlock that shows only at three ranks
+# is a classic.
 #
 # ## Which patterns come back again and again?
 #
@@ -121,7 +151,8 @@ check("2.1", pass_right)
 # this series. To see what they do, let the tensors be pictures: rank 0 holds a handwritten 0, rank 1 a 1, and so on.
 #
 # `send`, `recv` and `isend` below are torch's, with two additions that we need later: they can be counted, and
-# slowed down. `show_collective` runs a collective by hand and by torch, compares what each rank ends with, and draws it.
+# slowed down. Write your own with them too from here on, not with `dist.isend`. `show_collective` runs a collective by
+# hand and by torch, compares what each rank ends with, and draws it.
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils.data import load_mnist
@@ -155,7 +186,7 @@ def show_collective(title, by_hand, by_torch, start=lambda picture: picture):
 # **Broadcast**: one rank has it, all get it. This is how all ranks come to start from the same weights.
 
 
-# %%
+# %% tags=["live"]
 def broadcast(picture):
     rank, n = me()
     if rank == 0:
@@ -258,7 +289,8 @@ def reduce_by_torch(picture):
 figure = show_collective("reduce to rank 0", reduce, reduce_by_torch)
 
 # %% [markdown]
-# Four digits on top of each other, added pixel by pixel, on rank 0 only. After torch's `reduce` the tensors of the
+# Four digits on top of each other, added pixel by pixel, on rank 0 only. (They look pale before, because black is now
+# the largest sum.) After torch's `reduce` the tensors of the
 # other ranks may hold anything, partial sums for instance, so we return nothing there.
 #
 # The three that are left end on *all* ranks. Written with those above, each is two lines.
@@ -312,13 +344,19 @@ def reduce_scatter_by_torch(picture):
 
 figure = show_collective("reduce-scatter", reduce_scatter, reduce_scatter_by_torch)
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: four ranks, 8 MB; how many MB does rank 0 send? 24, and it receives as much.
+# - *Say*: with 64 ranks 63 S. All other links are idle meanwhile.
+
 # %% [markdown]
 # Look at the last three figures again: a reduce-scatter followed by an all-gather is an all-reduce as well. That sentence is the ring, and it returns in notebook 04.
 #
 # ## How many bytes does that all-reduce send?
 #
-# From here on we reduce one tensor of S bytes, in place. The all-reduce above, a reduce and then a broadcast, is the
-# *naive* one.
+# From here on we reduce one tensor of S bytes, in place. A name that ends in `_` says so, as torch's own do. The
+# all-reduce above, a reduce and then a broadcast, is the *naive* one.
 #
 # **Predict.** Four ranks, S = 8 MB. How many MB does rank 0 send?
 
@@ -349,6 +387,14 @@ compare_guess("MB sent by rank 0", naive_sent[0] / 1e6, "MB")
 for rank, num_bytes in enumerate(naive_sent):
     print(f"rank {rank} sent {num_bytes / 1e6:.0f} MB = {num_bytes / 8e6:.2f} S")
 
+# %% [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Say*: walk through the figure for n = 3 by hand. The condition `rank + distance < n` is the whole trick.
+# - *Room*: 2.2, 7 minutes. First mistake: rank 0 sends to all: `you sent 3.00 S, the budget is 2.00 S`. Second: it
+#   works for 4 and hangs for 3: rank 2 waits `in recv (from rank 0)`. The world of 3 is the test.
+# - *Stuck*: it is `tree_reduce_` backwards; the last receiver sends first.
+
 # %% [markdown]
 # Rank 0 sends (n-1) S and receives as much, while the others wait for their turn. With 64 ranks it would be 63 S.
 # Whatever its link can do, the others' links are idle.
@@ -356,7 +402,8 @@ for rank, num_bytes in enumerate(naive_sent):
 # ## Can others help with the passing on?
 #
 # Add in pairs, then in pairs of pairs: a *tree*. The first two steps of this figure are the reduce, the last two
-# the broadcast. A slot is filled once that rank's numbers are in; a heavy border means that all are in.
+# the broadcast. Each part shows what the ranks hold after its step; the arrows say who has sent to whom. A slot is
+# filled once that rank's numbers are in; a heavy border means that all are in.
 
 
 # %%
@@ -420,6 +467,16 @@ def tree_broadcast_(tensor):
 
 check("2.2", tree_broadcast_)
 
+# %% [markdown] tags=["instructor"]
+# **16 min.**
+#
+# - *Say*: play the ring before the figure: four people, four cards each, the room counts the steps.
+# - *Type*: `ring_all_gather_` live, one line at a time, with the finger on the figure. Then 2.3 is theirs, 7 minutes.
+# - *Break it*: in 2.3 write `chunks[i] = received + ...`: `the right numbers are in a new tensor`. In place means
+#   into the chunk.
+# - *Break it*: off by one in the chunk: `With world size 2: rank 0: chunks[0] is ...`. Draw n = 2 and count.
+# - *Room*: 2.4, 8 minutes, or skip it: `mine` has it. The trap is a tensor that is not contiguous.
+
 # %% [markdown]
 # Fewer rounds and less for rank 0. But in the first round half of the ranks only receive, in later rounds most of
 # them do nothing, and every message has all S bytes.
@@ -454,7 +511,7 @@ all_reduce_stepper("ring", world_size=4)
 # modulo n. In code:
 
 
-# %%
+# %% tags=["live"]
 def ring_all_gather_(chunks):
     """chunks: n tensors. At the start chunks[rank] is complete; at the end all of them are, on every rank."""
     rank, n = me()
@@ -539,6 +596,12 @@ my_ring_all_reduce_ = mine("ring_all_reduce_")
 ring_sent = ranks.run(bytes_sent, my_ring_all_reduce_)
 compare_guess("S sent by each rank of the ring", ring_sent[0] / 8e6, "S")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: as many bytes, fewer steps, and everybody talks over the longest distance first.
+# - *Ask*: what is `rank ^ distance`? Flip one bit of the number: that is the partner.
+
 # %% [markdown]
 # Each rank sends 2(n-1)/n S. With many ranks that comes close to 2 S and never reaches it, where rank 0 of the naive
 # one sends (n-1) S. Less is not possible: [Patarasuk and Yuan](https://doi.org/10.1016/j.jpdc.2008.09.002) proved in
@@ -578,6 +641,12 @@ def halving_doubling_all_reduce_(tensor):
 print("sent, in S:", [num_bytes / 8e6 for num_bytes in ranks.run(bytes_sent, halving_doubling_all_reduce_)])
 figure = plot_all_reduce_steps("halving-doubling", 4)
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: what do all four send together? 2 (n-1) S, each of them. What differs is who sends.
+# - *Say*: right in 48 of 48, on 1 to 4 ranks, three dtypes, four shapes.
+
 # %% [markdown]
 # ## Are all four right, and what do they send?
 #
@@ -610,6 +679,13 @@ for name, all_reduce_ in algorithms.items():
     sent_S[name] = [num_bytes / 8e6 for num_bytes in ranks.run(bytes_sent, all_reduce_)]
     assert max(sent_S[name]) <= budgets_S[name]
     print(f"{name:17} right in {ranks.run(count_right, all_reduce_)[0]} of 48, S sent: {sent_S[name]}")
+
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Say*: α is what you wait for an empty parcel, β is what each byte costs.
+# - *Room*: 2.5, 4 minutes. Common: the ring with S instead of S/n: `is 48, expected 12`.
+# - *Ask*: 64 ranks, 10 Gb/s: who wins at 1 KB, who at 100 MB? Show hands, then the figure.
 
 # %% [markdown]
 # All four send 2(n-1) S together: each rank's numbers have to get to the sum and the sum back. What differs is who
@@ -679,6 +755,12 @@ lines = {
 lines["halving-doubling"] = (sizes, [ALL_REDUCE_S["halving-doubling"](s, 64, link) for s in sizes])
 figure = plot_seconds("Predicted: 64 ranks, 10 Gb/s Ethernet", lines)
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: no rank has a link of its own here. So the formula counts what all send together.
+# - *Cut*: the recorded figure, if you are late.
+
 # %% [markdown]
 # On the left the number of messages decides, on the right the number of bytes. Tree and ring cross in between. In
 # this model halving-doubling is never slower than either. The model does not know that links can be shared: a rank of
@@ -746,10 +828,16 @@ rounds = 7 if PROFILE == "quick" else 31
 sizes_bytes = [1_000, 8_000, 64_000, 512_000, 4_000_000, 16_000_000]
 loopback, figure = show_fit("The ring here, now", ranks.run(measure_ring, (2, 3, 4), sizes_bytes, rounds)[0])
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_ring.json").read_text())
 print("recorded with", recorded["command"], "on", recorded["machine"])
 _, figure = show_fit("The ring, recorded on 2 cores", recorded["rows"])
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: naive over ring on this machine, by a show of hands. Nearly everybody says 2 to 4; it is about 1.
+# - *Say*: remember the tie. A benchmark on one machine says little about links.
 
 # %% [markdown]
 # The shape is the formula's: flat where α decides, straight where β does. It is not exact. Where more ranks run than
@@ -762,7 +850,7 @@ _, figure = show_fit("The ring, recorded on 2 cores", recorded["rows"])
 #
 # **Predict.** 4 ranks, 8 MB, on this machine. How many times as long as the ring does the naive one take?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess_ratio = None
 my_guess_ratio = 1.0
@@ -773,6 +861,12 @@ here_s = {name: max(times_s[name] for times_s in by_rank) for name in algorithms
 for name, time_s in here_s.items():
     print(f"{name:17} {time_s * 1e3:6.1f} ms")
 compare_guess("naive / ring on one machine", here_s["naive"] / here_s["ring"])
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: three senders to one receiver? Three times as long. Two that send to each other at once? Once.
+# - *Say*: same code, other links: now naive over ring is 4, which is n.
 
 # %% [markdown]
 # Somewhere around one. All four move the same 2(n-1) S through the same memory. A bottleneck at rank 0 needs
@@ -790,7 +884,7 @@ compare_guess("naive / ring on one machine", here_s["naive"] / here_s["ring"])
 # two ranks send to each other at once?
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 def messages(pairs, tensor):
     """Each (src, dst) of `pairs` is a message; all start at once."""
     sends = [isend(tensor, dst) for src, dst in pairs if src == dist.get_rank()]
@@ -821,7 +915,7 @@ for pairs in ([(1, 0)], [(1, 0), (2, 0), (3, 0)], [(0, 1), (1, 0)]):
 #
 # **Predict.** The same four all-reduces with 8 MB at 200 Mb/s per rank. Naive divided by ring?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess_ratio = None
 my_guess_ratio = 4.0
@@ -832,6 +926,11 @@ linked_s = {name: max(ranks.run(seconds_on, link, f, 8_000_000)) for name, f in 
 compare_guess("naive / ring, a link for each rank", linked_s["naive"] / linked_s["ring"])
 figure = plot_predicted_measured("8 MB, 4 ranks, 200 Mb/s for each", predicted_s, linked_s)
 
+# %% [markdown] tags=["instructor"]
+# **0 min.**
+#
+# - *Say*: one sentence. 7 billion parameters: minutes on Ethernet, a twentieth of a second on NVLink.
+
 # %% [markdown]
 # Now the ring wins by a factor of n, as the formula says: 2(n-1) S β against 2(n-1)/n S β. It is the same code on the
 # same machine as before. Only the links are different.
@@ -841,7 +940,8 @@ figure = plot_predicted_measured("8 MB, 4 ranks, 200 Mb/s for each", predicted_s
 # An emulated link cannot be faster than the memory that it stands on, so faster ones are predicted only. Three sets of
 # gradients, 8 ranks, the ring. The bandwidths are from [Stas Bekman's
 # collection](https://github.com/stas00/ml-engineering/tree/master/network) (Ethernet: by its name), the latencies from
-# NCCL's own cost model (Ethernet: a round figure).
+# the cost model of NCCL, NVIDIA's library of collectives (Ethernet: a round figure). EFA is the network between
+# Amazon's GPU machines, NVLink connects the GPUs within one machine.
 
 # %% tags=["nbval-check-output"]
 gradients_bytes = {"this MLP, float32": 199_210 * 4, "135 M, float32": 135e6 * 4, "7 B, bfloat16": 7e9 * 2}
@@ -849,6 +949,12 @@ print(" " * 20 + "".join(f"{name:>20}" for name in gradients_bytes))
 for name in ("1 Gb/s Ethernet", "10 Gb/s Ethernet", "400 Gb/s EFA", "NVLink 4"):
     times_s = [all_reduce_s("ring", 8, size, LINKS[name]) for size in gradients_bytes.values()]
     print(f"{name:20}" + "".join(f"{time_s:18.5f} s" for time_s in times_s))
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: seven lines of Python per half, and gloo in C++ beside them. Read the two ratios out loud.
+# - *Ask*: what does the module's ring do that ours does not? It posts its receives early.
 
 # %% [markdown]
 # This happens once in every training step. For the MLP it costs milliseconds on slow Ethernet. For seven billion
@@ -859,7 +965,7 @@ for name in ("1 Gb/s Ethernet", "10 Gb/s Ethernet", "400 Gb/s EFA", "NVLink 4"):
 #
 # Against [gloo](https://github.com/pytorch/gloo)'s own all-reduce, in C++, also a ring, with chunks cut into segments.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 contestants = {
     "your ring": my_ring_all_reduce_,
     "module": collectives.ring_all_reduce_,
@@ -870,6 +976,12 @@ for size_bytes in (1_000_000, 8_000_000):
     gloo_s = {name: max(times_s[name] for times_s in by_rank) for name in contestants}
     ratios = ", ".join(f"{name} {gloo_s[name] / gloo_s['gloo']:.2f}" for name in ("your ring", "module"))
     print(f"{size_bytes / 1e6:.0f} MB: gloo {gloo_s['gloo'] * 1e3:.1f} ms; times gloo's: {ratios}")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: gloo's reduce-scatter, 0.75 S or more? 1.50: it is an all-reduce of which each rank keeps a part.
+# - *Say*: in notebook 04 your ring takes its place inside torch.
 
 # %% [markdown]
 # The ring of this notebook is seven lines of Python per half. `workshop_utils/ring.py` has the one of the module, which
@@ -891,7 +1003,7 @@ for size_bytes in (1_000_000, 8_000_000):
 # rank's connections really carried. (Only Linux tells. Elsewhere the figure for gloo is 0.)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 import sys
 
 
@@ -916,6 +1028,12 @@ def halves(num_elements):
 wire_S = [statistics.mean(column) for column in zip(*ranks.run(halves, 250_000))]
 print(f"reduce-scatter, S sent per rank on the wire: ring {wire_S[0]:.2f}, gloo {wire_S[1]:.2f}")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: everybody writes 2(n-1)/n S on paper and says it to a neighbour in words.
+# - *Say*: you can add up gradients now. When to send which is notebook 03.
+
 # %% [markdown]
 # The parts are gloo's parts, and both halves together are gloo's all-reduce. But gloo's reduce-scatter sends twice as
 # much as it has to: underneath it is an all-reduce of which each rank keeps its part. In notebook 04 we put our ring in
@@ -938,11 +1056,6 @@ print(f"reduce-scatter, S sent per rank on the wire: ring {wire_S[0]:.2f}, gloo 
 # operations*, 2004 · Thakur, Rabenseifner and Gropp, *Optimization of collective communication operations in MPICH*,
 # 2005 · [torch.distributed](https://docs.pytorch.org/docs/stable/distributed.html) ·
 # [gloo](https://github.com/pytorch/gloo)
-
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Play the ring with people before showing the figure: four volunteers, four cards each, the
-# room counts the steps. Ask for the guess of "naive / ring on one machine" by a show of hands; nearly everybody says
-# 2 to 4, and the tie is what they remember. If time is short, skip 2.4: `mine` supplies it.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 ranks.stop()

@@ -14,6 +14,12 @@
 # 45 minutes, of which 27 are exercises. It builds on [notebook 01](01_single_device_mlp.ipynb) (the gradient of a
 # batch is the mean of its parts' gradients) and on [notebook 02](02_all_reduce.ipynb) (the ring).
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Code steps 1 and 2 live; let the room write 3.3, and run `waits in the hook` when somebody does
+# it: the numbers are right and nothing overlaps. Ask before the timeline what its longest bar will be. Of the three
+# failures, show the first report without its card and let the room find the rank. If time is short, skip 3.4 and 3.6
+# (`mine` supplies them), the learning-rate section, and Accelerate.
+
 # %% tags=["parameters"]
 PROFILE = (
     "quick"  # "full": four ranks under torchrun, a worker that is killed, more repeats; 3 minutes longer
@@ -31,6 +37,14 @@ use_style()
 
 # %% tags=["nbval-ignore-output"]
 ranks = start_ranks(4)
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Say*: one sentence is the test for all that follows: after every step, each replica equals one process on the
+#   whole batch.
+# - *Ask*: why is each rank seeded with its own number? Alike seeds would hide a missing broadcast.
+# - *Say*: `compare` prints two numbers, between replicas and to one process. Right now both are large.
 
 # %% [markdown]
 # ## What has to be equal, and when?
@@ -86,6 +100,12 @@ def compare(prepare, dtype=torch.float64):
 
 _ = compare(step_0)
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Type*: 3.1 live. Begin with `if rank == 0: broadcast`. `rank 0: waiting`: a collective is called by all.
+# - *Break it*: parameters without buffers: `rank 1: buffer norm.running_mean is ..., expected ...`.
+
 # %% [markdown]
 # Four models that have nothing to do with each other. Had all ranks been seeded alike, the first line of the cure would
 # seem unnecessary. That is how a missing broadcast survives its tests.
@@ -121,6 +141,15 @@ def broadcast_parameters(module):
 
 
 check("3.1", broadcast_parameters)
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Ask*: with equal starts and nothing more, how far apart are the replicas after three steps?
+# - *Type*: 3.2 live, and forget the division: `first.weight.grad is ..., expected ...`, n times too large.
+# - *Break it*: `if parameter.grad is not None` as the condition. On the model with an unused layer ranks wait for
+#   ever.
+# - *Stuck*: the choice may depend on `requires_grad`, which all ranks share, never on `.grad`.
 
 # %% [markdown]
 # ## Step 2: take the same update
@@ -181,13 +210,22 @@ apart, off = compare(step_2)
 assert apart == 0 and off < 1e-10
 assert compare(step_2, torch.float32)[1] < 1e-5
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: how many of the entries differ from one process? Tens of percent, and nothing is wrong: another order of
+#   adding.
+# - *Say*: two parts have one order, four have several. Parity here means 1e-10 in float64.
+
 # %% [markdown]
-# After step 1 alone the replicas drift apart; after step 2 that is data parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
+# With step 1 alone three updates have taken the replicas nearly as far apart as strangers are. Step 2 is data
+# parallelism, complete. The replicas are equal in every bit, as the ring gives all ranks the same bits. And
 # from one process they differ by a rounding, in the sixteenth digit of float64 and in the eighth of float32.
 #
 # ## Why not exactly?
 #
 # **Predict.** The first gradient, in float32: how many of its entries differ from those of one process in some bit?
+# (`sub_world(n)` is a world of the first n ranks, as in notebook 02.)
 
 # %% tags=["nbval-ignore-output"]
 from workshop_utils import sub_world
@@ -215,6 +253,15 @@ for n in (2, 4):
     accumulated = sum(part_gradient(part, n) for part in range(n)) / n
     share, same = (averaged != whole).float().mean(), torch.equal(averaged, accumulated)
     print(f"{n} ranks: {share:.0%} of the entries differ; equal to {n} parts added up in one process: {same}")
+
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Say*: the last layer's gradient is complete first. It could be on its way while fc1 still computes.
+# - *Room*: 3.3, 5 minutes. Mind what the hook is given: `you started the all-reduce of the parameter itself`.
+# - *Break it*: when somebody waits in the hook, run it for all: the numbers are right, nothing overlaps, the check
+#   says `you wait for a job inside the backward`.
+# - *Ask*: why one thread? All ranks must do the all-reduces in one order.
 
 # %% [markdown]
 # A sum of rounded numbers depends on the order of the additions, and a matrix product over 96 images adds in another
@@ -292,6 +339,15 @@ def step_3(model):
 
 apart, off = compare(step_3)
 assert apart == 0 and off < 1e-10
+
+# %% [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Say*: three places to fill in. Assign, start, finish; do assign together on the board.
+# - *Room*: 3.4, 8 minutes, or skip it: `mine` has it.
+# - *Break it*: start whatever is complete. `every rank must start them in one order`: here it shows, on a cluster it
+#   hangs.
+# - *Type*: `SmallDataParallel` live afterwards: it is six lines, and it is torch's class.
 
 # %% [markdown]
 # The same numbers, sent earlier. But also more messages than necessary: a ring has 2(n-1) of them for every gradient, and
@@ -385,7 +441,7 @@ def start_in_buckets(module, bucket_bytes, start):
 
 check("3.4", start_in_buckets)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["live", "nbval-ignore-output"]
 start_in_buckets = mine("start_in_buckets")
 
 
@@ -408,6 +464,12 @@ def step_4(model):
 
 apart, off = compare(step_4)
 assert apart == 0 and off < 1e-10
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: before the timeline, which bar is the longest? Then look for the gap between backward and the last bucket.
+# - *Say*: overlap hides at most the backward. With more ranks than cores the thread that sends waits for a core.
 
 # %% [markdown]
 # This is what torch's `DistributedDataParallel` does: hooks, buckets of 25 MiB (the first of 1 MiB, so that something
@@ -478,7 +540,7 @@ def slowest(n, link, rounds):
 rounds, link = 4 if PROFILE == "quick" else 21, LINKS["1 Gb/s Ethernet"]
 step_s, timelines = slowest(len(ranks), link, rounds)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess_ratio = None
 my_guess_ratio = 1.5
@@ -497,11 +559,19 @@ for rank, timeline in enumerate(timelines["on"]):
 overlap_ratio = step_s["off"] / step_s["on"]
 compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: which of the four rows is not equal to one process? Batch norm: rows meet in its forward.
+# - *Say*: `no_sync` sends as much for two backwards as the others for one.
+
 # %% [markdown]
 # Without overlap the link is idle while the ranks compute, and the ranks are idle while the link works. With it, the
 # first bucket leaves while most of the backward is still to come. The step takes about as long as the longer of the
 # two, plus what cannot overlap: the forward, and the last bucket, which is the first layer's. Overlap hides
-# communication behind the backward, and it cannot hide more than the backward is long. Where ranks share cores, threads
+# communication behind the backward, and it cannot hide more than the backward is long. On this link eight buckets take
+# longer than that, so most of them still come after it. (A bar ends when all ranks have sent their part. So the first
+# bucket looks long on a rank that was early.) Where ranks share cores, threads
 # that send wait for a core as well. Reported for torch's own: 27% of a step saved with gloo and 38% with NCCL, for a
 # ResNet ([Li and others 2020](https://arxiv.org/abs/2006.15704)).
 #
@@ -549,7 +619,7 @@ def train_awkward(wrap, make_optimizer, batch_norm, parts, rank=0, n=1):
         yield nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-# %% tags=["nbval-check-output"]
+# %% tags=["measures", "nbval-check-output"]
 def alone(model):
     model.no_sync, model.finish_gradient_sync = contextlib.nullcontext, lambda: None
     return model
@@ -572,6 +642,15 @@ for name, settings in (rows | {"batch norm": (sgd, True, 1)}).items():
         sent.append(f"{sum(bytes_sent) / 1e3:.0f}")
     print(f"{name:19} equal to one process on 1, 2, ... ranks: {equal}; KB sent: {', '.join(sent)}")
     assert all(equal) or name == "batch norm"
+
+# %% [markdown] tags=["instructor"]
+# **7 min.**
+#
+# - *Room*: 3.5, 4 minutes. `seed + epoch` in a generator of its own; `torch.manual_seed` is caught as `global random
+#   numbers`.
+# - *Say*: the figure has one row per mistake. Nothing raised in any of them.
+# - *Room*: 3.6, 3 minutes. A mean of accuracies is not the accuracy: `accuracy over 7 samples is ..., expected ...`.
+# - *Cut*: 3.6, `mine` has it.
 
 # %% [markdown]
 # `no_sync` sends as much for two backwards as the others for one. One detail is hidden in the first rows. A parameter
@@ -711,6 +790,12 @@ naive, exact = ranks.run(evaluate_shard, test_images, test_labels)[0]
 print(f"one process {one:.6f}, exact on {len(ranks)} ranks {exact:.6f}, mean over padded shards {naive:.6f}")
 assert exact == one
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: does four times the rate repair four times the batch? And eight times? Yes; no longer.
+# - *Cut*: this section, if you are late.
+
 # %% [markdown]
 # ## What becomes of batch and learning rate?
 #
@@ -722,7 +807,7 @@ assert exact == one
 # **Predict.** Does the rule hold for four ranks? For eight?
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 runs = {
     "1 rank: 32, rate 0.1": (32, 0.1),
     "4 ranks: 128, rate 0.1": (128, 0.1),
@@ -738,6 +823,12 @@ for name, settings in runs.items():
     curves[name] = ([settings[0] * (i + 1) for i in range(len(losses))], smooth)
     print(f"{name:28} test accuracy {evaluate(model, data.test_images, data.test_labels):.1%}")
 figure = figures.plot_losses("The same images, another batch", curves)
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: same curve, same bytes, 1.50 S each. You wrote torch's class.
+# - *Ask*: where is `finish_gradient_sync` in torch's? At the end of backward, in its hooks.
 
 # %% [markdown]
 # With the same rate the large batch takes a quarter of the updates and has learned less. With four times the rate it
@@ -794,6 +885,12 @@ figure = figures.plot_losses(
     "The same curve", {n: (range(len(v)), v) for n, v in losses.items()}, xlabel="step"
 )
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: read the table from right to left: each name of Accelerate is something you wrote.
+# - *Cut*: this section, if you are late.
+
 # %% [markdown]
 # The curves lie on each other, and both send 2(n-1)/n S, which is 1.5 S here, plus some headers. That is the ring of
 # notebook 02, twice. `make bench` compares the times for longer.
@@ -804,7 +901,7 @@ figure = figures.plot_losses(
 # environment variables below; our ranks have a group already, so we set them ourselves.
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 def train_with_accelerate(images, labels):
     place = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "ACCELERATE_USE_CPU": "true"}  # no port is opened
@@ -831,6 +928,12 @@ def train_with_accelerate(images, labels):
 by_accelerate = ranks.run(train_with_accelerate, *(torch.cat(part) for part in zip(*batches)))[0]
 print("losses", [round(loss, 4) for loss in by_accelerate.tolist()])
 assert torch.allclose(by_accelerate, losses["ours"][:3], rtol=1e-4)
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: communication's share at 4 ranks and 1 Gb/s? About two thirds without overlap; the formula says so too.
+# - *Say*: left of the knee the link decides. A GPU moves the knee to the right: that is what NVLink is for.
 
 # %% [markdown]
 # | Accelerate | what we wrote |
@@ -872,14 +975,16 @@ figure = figures.plot_scaling(
 
 # %% [markdown]
 # Where ranks exceed cores, they share them, and the compute of a step takes longer: that is this machine, not data
-# parallelism. On one rank nothing is sent; what is left there is copying into buckets. On more, communication takes what
-# the formula says, plus the waiting for a core. With cores of their own and many ranks, 2(n-1)/n S hardly grows any more:
+# parallelism. On one rank nothing is sent; what is left there is copying into buckets. On the emulated link communication
+# takes a little more than the formula says. In the recorded runs its share is two to three times as large as predicted:
+# loopback is fast, and most of the time goes into waiting for a core, which the thread that sends and the one that
+# computes both want. With cores of their own and many ranks, 2(n-1)/n S hardly grows any more:
 # that is why data parallelism scales.
 #
 # Now the link. The same ranks on other links, then the formulas beyond: compute + all-reduce without overlap; with it
-# the longer of compute, and forward + all-reduce.
+# the longer of compute, and forward + all-reduce. (The forward is a third of the compute: notebook 01.)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 rates = [0.1, 0.5, 2] if PROFILE == "quick" else [0.1, 0.2, 0.5, 1, 2]  # Gb/s
 by_link = {
     rate * 125e6: slowest(len(ranks), Link(50e-6, rate * 125e6), 0 if PROFILE == "quick" else 9)[0]
@@ -902,6 +1007,14 @@ figure = figures.plot_links(
     marks={k: LINKS[k].bandwidth_bytes_per_s for k in ("10 Gb/s Ethernet", "PCIe 4 x16", "NVLink 4")},
 )
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: what is on every rank n times? Weights, gradients, moments. Which of them does the update of one weight
+#   need?
+# - *Type*: `SmallShardedOptimizer` live. Then the printed shares: 0.797 on one rank: whole parameters are a poor
+#   unit.
+
 # %% [markdown]
 # Left of the knee the link decides, right of it the compute. Overlap saves most near the knee, and never more than half.
 # For a few cores, more than 10 Gb/s hardly matters. A GPU computes hundreds of times faster, so its dotted line
@@ -913,7 +1026,7 @@ figure = figures.plot_links(
 # weight needs nothing but its own gradient and moments (notebook 01). So let each rank update a part and send it
 # to the others: *ZeRO stage 1* ([Rajbhandari and others 2020](https://arxiv.org/abs/1910.02054)).
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["live", "nbval-ignore-output"]
 from workshop_utils.data_parallel import ShardedOptimizer
 
 
@@ -931,7 +1044,7 @@ class SmallShardedOptimizer:
             broadcast_(parameter, src=i % self.n)
 
 
-# %% tags=["nbval-check-output"]
+# %% tags=["measures", "nbval-check-output"]
 def train_adam(make_optimizer):
     """(weights after three steps, bytes of moments on this rank)."""
     rank, n = dist.get_rank(), dist.get_world_size()
@@ -957,6 +1070,14 @@ plain_weights, plain_held = (column[0] for column in trained["torch.optim.Adam"]
 for name, (weights, held) in trained.items():
     assert all((w - plain_weights).abs().max() < 1e-6 for w in weights)
     print(f"{name:22} moments held, of the whole: {', '.join(f'{h / plain_held:.3f}' for h in held)}")
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Say*: show each report without its card. The room finds the rank first, then you read the card.
+# - *Ask*: in the first, who is missing from the list? Rank 2, which ended long ago.
+# - *Break it*: these three cells are the mistakes; all end by their deadline or by an error, none needs a restart.
+# - *Say*: the third names parameters by number: `indices which did not receive grad: 2 3`.
 
 # %% [markdown]
 # The same weights. Whole parameters are a poor unit: one matrix of this MLP has four fifths of all weights, and its
@@ -1047,7 +1168,7 @@ for images in torch.randn(3, 16, 8):
 #
 # The two repairs:
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 # %%ranks --deadline 20
 from torch.distributed.algorithms.join import Join
 
@@ -1065,6 +1186,11 @@ models[0].finish_gradient_sync()
 same = all(torch.allclose(p.grad, q.grad) for p, q in zip(*(model.parameters() for model in models)))
 print(f"{seen} batches and no error; gradients equal to find_unused_parameters: {same}")
 
+# %% [markdown] tags=["instructor"]
+# **0 min.**
+#
+# - *Say*: the same as a script under torchrun; run it in the break. The killed worker needs the full profile.
+
 # %% [markdown]
 # ## Without a notebook
 #
@@ -1079,7 +1205,7 @@ print(f"{seen} batches and no error; gradients equal to find_unused_parameters: 
 # anew after its first backward, and another order adds up to other last bits: the script lets that happen on zeros,
 # before its first step.)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 import subprocess
 import tempfile
 from pathlib import Path
@@ -1124,6 +1250,12 @@ if PROFILE == "full":
         print(f"{name}: resumed at step {seen['resumed_at']}, weights {seen['weights_sha256'][:16]}")
     assert reports[0]["weights_sha256"] == reports[1]["weights_sha256"]
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: every hang today was what? A rank that did not make the call that the others made.
+# - *Say*: each rank still holds everything. Next: a model that fits on none of them.
+
 # %% [markdown]
 # ## Recap
 #
@@ -1143,12 +1275,6 @@ if PROFILE == "full":
 # [arXiv:1910.02054](https://arxiv.org/abs/1910.02054) ·
 # [torchrun](https://docs.pytorch.org/docs/stable/elastic/run.html) ·
 # [Accelerate](https://huggingface.co/docs/accelerate)
-
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Code steps 1 and 2 live; let the room write 3.3, and run `waits in the hook` when somebody does
-# it: the numbers are right and nothing overlaps. Ask before the timeline what its longest bar will be. Of the three
-# failures, show the first report without its card and let the room find the rank. If time is short, skip 3.4 and 3.6
-# (`mine` supplies them), the learning-rate section, and Accelerate.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 ranks.stop()

@@ -12,6 +12,13 @@
 #
 # 45 minutes. It builds on [notebook 01](01_single_device_mlp.ipynb) (one device, its memory and operations).
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Code 5.1 live and leave 5.2 and 5.4 to the room; in 5.4 the flag is what people forget, and
+# `W = W + update`, which changes nothing. Ask before the first figure what the last layer alone will reach: most guess too
+# high for "8 or 9?". Stop at the five pictures of one direction and let the room say what they have in common. The Hub
+# works live only with your own token, in your own terminal, not on the projector. If time is short, skip rsLoRA and
+# parametrizations.
+
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": all images you have, six times the steps; about 4 minutes on two cores
 REPO_ID = None  # "your-name/mnist-even-or-odd": the last section then pushes an adapter there, private
@@ -24,6 +31,12 @@ import matplotlib.pyplot as plt
 from workshop_utils import check, compare_guess, guess, hint, mine, solution, use_style
 
 use_style()
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: the network has never said 8 or 9. Two new questions, both read from those two scores.
+# - *Ask*: why is the base better than a coin at "8 or 9?" already? Its features tell the two apart.
 
 # %% [markdown]
 # ## A network that knows eight digits
@@ -60,6 +73,13 @@ for name, accuracy in before.items():
     print(
         f"{name}: {accuracy:.1%} right before any fine-tuning, {len(tasks[name].train_images):,} images to learn from"
     )
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: what does Adam hold for a frozen parameter? Nothing; the printed list says so.
+# - *Ask*: last layer alone, even or odd, in percent? Write the guesses down, most are too high for "8 or 9?" later.
+# - *Say*: the picture is to scale: 784 x 200 beside two thin strips.
 
 # %% [markdown]
 # On "even or odd?" the base is not much better than a coin. On "8 or 9?" it may be: its features tell the two apart, and
@@ -107,6 +127,15 @@ from workshop_utils.plotting import lora as figures
 
 figure = figures.plot_low_rank(n_in=784, n_out=200, r=8)
 
+# %% [markdown] tags=["instructor"]
+# **7 min.**
+#
+# - *Type*: 5.1 live. First without the scale: `B A x is not scaled, expected once by lora_alpha / r = 4`.
+# - *Break it*: draw both at random: `B is not 0 at the start`. Both at zero: `A and B are both 0`, and nothing would
+#   ever move.
+# - *Break it*: `(B @ A) @ x` in the forward: `180 FLOPs, the budget is 104`. The detour is the point.
+# - *Ask*: in the first step, which moves? B alone: A's gradient is B^T times something, and B is 0.
+
 # %% [markdown]
 # We will see. Between the two lies *LoRA*, low-rank adaptation ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)).
 #
@@ -124,7 +153,8 @@ figure = figures.plot_low_rank(n_in=784, n_out=200, r=8)
 #
 # ### Exercise 5.1 · LoRALinear  (★★, 5 min)
 #
-# Wrap an `nn.Linear`: freeze it (its bias too), add `lora_A` and `lora_B`. Draw A as `nn.Linear` does by default (the
+# Wrap an `nn.Linear`: freeze it (its bias too), add `lora_A` and `lora_B` (two `nn.Parameter`, or two `nn.Linear`
+# without bias). Draw A as `nn.Linear` does by default (the
 # authors' code does so too). Scale by `lora_alpha / r`, once. Budget: r (in + out) trainable numbers, and a forward
 # that never forms the out x in product B A.
 
@@ -201,6 +231,14 @@ print("with dropout, two forwards are equal in training:", torch.equal(dropping(
 dropping.eval()
 print("with dropout, two forwards are equal in eval:    ", torch.equal(dropping(x), dropping(x)))
 
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Room*: 5.2, 6 minutes.
+# - *Break it*: freeze last: `fc1.lora_A.weight is frozen too. Freeze first`.
+# - *Break it*: match with `in`: `11.v_proj was wrapped, expected only 1.v_proj, 3.q_proj`. "1.fc" is not "11.fc".
+# - *Say*: insert before the optimizer is made. One made before does not know A and B.
+
 # %% [markdown]
 # A's gradient is $B^T(\ldots)$, and $B$ is 0: B has to move first. With both at 0, neither would ever move.
 #
@@ -260,6 +298,13 @@ print(f"\nstate_dict: {len(model.state_dict())} tensors; the adapter without the
 
 same = lora.apply_lora(copy.deepcopy(base), "all-linear", r=1, lora_alpha=8)
 assert list(same.state_dict()) == list(model.state_dict())
+
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Room*: 5.3, 4 minutes. `gradients is 0, expected 796,840`: no step has been done, so derive it, do not read
+#   `.grad`.
+# - *Ask*: r = 1 on all three layers trains how many of 199,210? 1,594, fewer than fc3 alone.
 
 # %% [markdown]
 # `apply_lora` of the module does the same. Two state dicts exist now: the model's, with the base in it, and the
@@ -323,6 +368,13 @@ bills = {method: training_bill(adapt(method)) for method in METHODS}
 for method, bill in bills.items():
     print(f"{method!s:10} {bill['trainable']:>8,} trained, {bill['gradients'] + bill['adam']:>10,} bytes")
 compare_guess("trained with r = 1", bills[1]["trainable"])
+
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: each method has its own learning rate, searched for it. LoRA wants three to ten times the rate.
+# - *Ask*: the smallest r within one point on "8 or 9?"; then run. The training takes about a minute: talk over it.
+# - *Say*: LoRA loses a little on "even or odd?". Ask: is it the rank, or the time? The recorded figure answers.
 
 # %% [markdown]
 # For r = 1 it is 784 + 200 in the first layer, 200 + 200, 200 + 10: r (in + out) each. That is 0.8% of the network.
@@ -423,10 +475,16 @@ figure = figures.plot_accuracy(
     recorded["before"],
 )
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: LoRA over full, in operations, at best? Two thirds: the gradient of the input is still needed.
+# - *Say*: memory first, time little. Activations stay.
+
 # %% [markdown]
 # Now the bars are short, and r counts again, with ever smaller returns: on "even or odd?" r = 16 comes within 0.2 points of
 # full fine-tuning. On "8 or 9?" full fine-tuning makes 0.6% mistakes and r = 1 makes 1.3%, twice as many, which 200 test
-# images could not show. So LoRA loses a little on both tasks, and saves 87 to 99% of the bytes of training.
+# images could not show. So LoRA loses a little on both tasks, and saves 87 to 99% of the bytes of gradients and moments.
 #
 # ## What does it cost to compute?
 #
@@ -490,8 +548,15 @@ for m in METHODS:
         f" time {step_ratio[m]:.2f} of full"
     )
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Ask*: how much of the full update lies in its strongest 8 of 200 directions? Three quarters.
+# - *Say*: stop at the five pictures of one direction. Let the room say what they have in common before you do.
+# - *Ask*: what does the picture show? No digit: where ink counts for or against.
+
 # %% [markdown]
-# Operations nearly halve. The time falls less, although Adam has so little to do: LoRA adds small operations, and in a
+# Operations nearly halve. The time falls by a few percent or not at all, although Adam has so little to do: LoRA adds small operations, and in a
 # network this small the fixed cost of each one shows. Activations stay: the backward runs through the same layers, and
 # A's gradient needs the layer's input as W's did. With large batches or long texts it is they that fill the memory, and
 # LoRA does not help.
@@ -533,12 +598,13 @@ full_share = (values["full"][:8].square().sum() / values["full"].square().sum())
 compare_guess("share of the strongest 8 directions", full_share)
 
 # %% [markdown]
-# Full fine-tuning spreads out: its update uses all 200 directions, though a few carry most. LoRA with r = 8 or 16
+# Full fine-tuning spreads out: its update uses all 200 directions (40 are drawn), though a few carry most. LoRA with r = 8 or 16
 # uses one or two, and goes further along them: in 100 steps a larger r buys little. (For language models, updates of 10 to
 # 100 times LoRA's usual rank are reported, by Biderman et al.)
 #
 # Do two adapters find the *same* directions? The paper's measure (section 7.2): take the strongest i right singular
-# vectors of one A and the strongest j of another, and ask how much of the smaller span lies in the larger:
+# vectors of one A (the directions in the layer's input that it reads most strongly) and the strongest j of another,
+# and ask how much of the smaller span lies in the larger:
 #
 # $$ \phi(i, j) = \frac{\lVert U_i^T V_j \rVert_F^2}{\min(i, j)} $$
 #
@@ -592,6 +658,12 @@ figure = figures.plot_directions(
     },
 )
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: should both knobs be tuned? Look at the diagonal of the grid: fix alpha, tune the rate.
+# - *Cut*: rsLoRA, if you are late.
+
 # %% [markdown]
 # Another r, another seed, no low rank at all: nearly the same picture. It is no digit; it says where ink counts for or
 # against (which sign is which is free). The task asks for it, not the method. Notebook 06 starts from there.
@@ -605,7 +677,7 @@ figure = figures.plot_directions(
 # The learning rate decides how far B moves, `lora_alpha` how much that counts. So should you tune both? A grid: r = 4,
 # even or odd, 40 steps.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 alphas, rates = [1, 4, 16, 64], [2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2]
 
 
@@ -635,7 +707,7 @@ figure = figures.plot_grid(
 # move in the first step, as r grows?
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 def first_step(r, use_rslora, optimizer_cls, learning_rate):
     """Relative change of scores 8 and 9 by one step, mean of five seeds."""
     changes = []
@@ -658,6 +730,12 @@ for optimizer_cls, learning_rate in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 
             + ", ".join(f"{1e3 * m:6.2f}" for m in moved)
             + " thousandths at r = 4, 16, 64"
         )
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: full fine-tuning on even or odd: how many of the old digits are left? About 84 of 94.
+# - *Say*: last layer forgets nothing, full forgets most, and an adapter can be taken out.
 
 # %% [markdown]
 # With SGD the paper is right: divided by r, the step shrinks as r grows; divided by $\sqrt r$ it stays. With Adam it is the
@@ -692,6 +770,14 @@ compare_guess("old digits after full fine-tuning", 100 * statistics.mean(old["fu
 by_method = recorded["runs"]["even or odd"]
 kept = [f"{m}: {statistics.mean(by_method[m]['old']):.1%}" for m in ("full", "1", "16", "last layer")]
 print(f"recorded, all of MNIST: base: {recorded['base_old']:.1%}, {', '.join(kept)}")
+
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Room*: 5.4, 5 minutes. What people forget is the flag: `layer.merged is False, expected True`.
+# - *Break it*: `W = W + update`: `base_layer.weight is unchanged`. It made a new tensor that the layer does not know.
+# - *Ask*: after merge and unmerge, in how many weights does a bit differ? A quarter. Does it matter? In bfloat16,
+#   yes.
 
 # %% [markdown]
 # The last layer forgets nothing: scores 0 to 7 got no gradient, and what feeds them has not moved. Full fine-tuning
@@ -769,7 +855,7 @@ compare_guess("weights that differ after merge and unmerge", differing, "%")
 # $(W + D) - D$ is rounded twice, so it is not $W$. Does it matter? Switch adapters a hundred times:
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 def drifts(first, second=None, keep_copy=False, dtype=torch.float32, cycles=100):
     """Largest difference of fc1's W from its start after each cycle; `second`: its turn every other cycle."""
     model, seen = copy.deepcopy(first).to(dtype), []
@@ -795,6 +881,13 @@ in_bf16 = drifts(first, second, dtype=torch.bfloat16)[-1]
 print(f"after 100 cycles: {lines['two adapters in turn'][-1]:.0e} in float32, {in_bf16:.0e} in bfloat16")
 print(f"the kept copy takes {copy_bytes:,} bytes, as much as the weights it protects")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: one base, three adapters; switching copies a few thousand numbers, and each equals its own model bit for
+#   bit.
+# - *Ask*: what would a server for a hundred customers keep?
+
 # %% [markdown]
 # One adapter: the error of the first cycle stays, and the next ones repeat it. Two adapters in turn: each cycle adds as
 # much again, in a straight line. In float32 that is harmless for a long time, in bfloat16, with its 8 binary digits, it is not.
@@ -804,7 +897,7 @@ print(f"the kept copy takes {copy_bytes:,} bytes, as much as the weights it prot
 #
 # Unmerged, switching is copying a few thousand numbers. Three adapters of one base: two tasks, two seeds.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 served = adapt(4).eval()
 eights = adapt(4)
 fine_tune(eights, tasks["8 or 9"], steps=steps["8 or 9"], learning_rate=1e-2)
@@ -820,6 +913,11 @@ print(
     f"three full models {3 * base_bytes:,} bytes; one base and three adapters {base_bytes + 3 * adapter_bytes:,}"
 )
 
+# %% [markdown] tags=["instructor"]
+# **0 min.**
+#
+# - *Cut*: this section. One sentence: short to write, and it forms the product B A in each forward.
+
 # %% [markdown]
 # Each equals the model that it was trained in, to the last bit. A server for a hundred customers keeps one base. GPT-3's
 # checkpoint went from 350 GB to 35 MB per task (Hu et al. 2021).
@@ -829,7 +927,7 @@ print(
 # `torch.nn.utils.parametrize` computes a parameter from others whenever it is read. LoRA is then a function of the
 # weight, and the layer stays an `nn.Linear`.
 
-# %% tags=["nbval-check-output"]
+# %% tags=["measures", "nbval-check-output"]
 from torch.nn.utils import parametrize
 
 
@@ -855,6 +953,14 @@ with FlopCounterMode(display=False) as product, torch.no_grad():
 print(f"8 images: detour {detour.get_total_flops():,} FLOPs, parametrization {product.get_total_flops():,}")
 parametrize.remove_parametrizations(layer, "weight")  # leaves the merged weight behind
 assert torch.allclose(layer.weight, base.fc1.weight + ours.delta_weight(), atol=1e-5)
+
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Room*: 5.5, 5 minutes. The prefix is what is forgotten: `tensors has no 'base_model.model.0.lora_A.weight'`.
+# - *Break it*: scale B before saving: the check compares it; PEFT scales by itself.
+# - *Ask*: equal seeds for ours and PEFT's training? They draw in another order; copy A instead. Then 30 losses are
+#   equal.
 
 # %% [markdown]
 # Short, and general: 06 could be written so too. But it forms the whole product $BA$ in each forward, which costs r
@@ -925,7 +1031,7 @@ for path in sorted(folder.rglob("*.*")):
 # The adapter's file is a few percent of the base's. Now both directions, for our MLP and for a language model: Llama's
 # architecture from transformers, tiny, with random weights (nothing is downloaded).
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -946,7 +1052,7 @@ def both_ways(make, targets, run):
     return [((a - b).abs().max() / a.abs().max()).item() for a, b in outputs]
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 import warnings
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -966,7 +1072,7 @@ for name, case in cases.items():
 # %% [markdown]
 # Last: does PEFT *train* as we do? Equal seeds would not do, because it draws in another order. So copy our A.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ours = adapt(4)
 settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["fc1", "fc2", "fc3"])
 theirs = peft.get_peft_model(copy.deepcopy(base), settings)
@@ -980,6 +1086,12 @@ print(
 )
 assert peft_apart < 1e-4
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: the Hub works live only with your own token, in your own terminal, never on the projector.
+# - *Say*: the card names the base and what was measured. Without the base an adapter is worthless.
+
 # %% [markdown]
 # ## Share it
 #
@@ -991,7 +1103,7 @@ assert peft_apart < 1e-4
 # terminal, with a token that may write (huggingface.co, Settings, Access Tokens). Never put a token into a notebook: its
 # outputs are kept.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils import hub
 
 metrics = {"even or odd, test accuracy": mean["even or odd"][4], "old digits": statistics.mean(old[4])}
@@ -1012,14 +1124,7 @@ else:
     assert torch.allclose(from_hub(probe), trained(probe), atol=1e-5)
     print("loaded back from the Hub: the same outputs")
 
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Code 5.1 live and leave 5.2 and 5.4 to the room; in 5.4 the flag is what people forget, and
-# `W = W + update`, which changes nothing. Ask before the first figure what the last layer alone will reach: most guess too
-# high for "8 or 9?". Stop at the five pictures of one direction and let the room say what they have in common. The Hub
-# works live only with your own token, in your own terminal, not on the projector. If time is short, skip rsLoRA and
-# parametrizations.
-
-# %% tags=["key-figures", "nbval-ignore-output"]
+# %% tags=["measures", "key-figures", "nbval-ignore-output"]
 print(
     f"8 or 9: full {mean['8 or 9']['full']:.1%}, LoRA r = 1 {mean['8 or 9'][1]:.1%}, last layer {mean['8 or 9']['last layer']:.1%}"
 )
@@ -1038,6 +1143,11 @@ print(
 print(
     f"merge and unmerge: {differing:.0f}% of the weights differ; outputs by {difference:.0e}; PEFT's losses by {peft_apart:.0e}"
 )
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: r = 1 was enough for one task and not for the other: what does a task really need? That is 06.
 
 # %% [markdown]
 # ## Recap

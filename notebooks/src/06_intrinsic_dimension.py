@@ -13,6 +13,11 @@
 # 50 minutes, of which 21 are exercises. It builds on [notebook 01](01_single_device_mlp.ipynb) (the network),
 # [02](02_all_reduce.ipynb) (the ranks and the ring) and [05](05_lora.ipynb) (LoRA).
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Ask for the toy's number before anything else, and write the room's guesses on the board. Code 6.1 live up
+# to the buffer, and let the room find where P belongs. If time is short, skip static graphs and 6.3 (`mine` supplies it). Do not
+# skip the LoRA table: let the room explain why the method with the worse accuracy per parameter is the one that everybody uses.
+
 # %% tags=["parameters"]
 PROFILE = (
     "quick"  # "full": all 60,000 images, three seeds, LeNet and the extras; about 20 minutes on two cores
@@ -27,6 +32,14 @@ import matplotlib.pyplot as plt
 from workshop_utils import check, compare_guess, guess, hint, mine, solution, start_ranks, use_style
 
 use_style()
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Ask*: before anything else, ten constraints on 1,000 numbers: the first d with zero loss? And with 10,000
+#   numbers?
+# - *Say*: write the guesses on the board. Ten, for both; nine is not enough.
+# - *Say*: solved by least squares, so no optimizer could do better.
 
 # %% [markdown]
 # ## A task whose answer is known
@@ -75,6 +88,17 @@ first_zero = {D: next(d for d, loss in zip(dims, of_D) if loss < 1e-18) for D, o
 figure = figures.plot_toy(dims, losses)
 compare_guess("first d with zero loss, D = 10,000", first_zero[10_000])
 assert first_zero == {1_000: 10, 10_000: 10}
+
+# %% [markdown] tags=["instructor"]
+# **11 min.**
+#
+# - *Ask*: three ways to put weights into a module, all run. Which one trains? None keeps everything; read the three
+#   lines.
+# - *Type*: 6.1 live up to the buffer, and let the room find where P belongs.
+# - *Break it*: make P a parameter: `P [53, 4] is an nn.Parameter that requires a gradient`.
+# - *Break it*: assign `.data` in forward: `the output has no graph behind it`. The loss would stay where it is,
+#   silently.
+# - *Room*: the forward is theirs, 5 minutes. Stuck: `functional_call(self.module, weights, (images,))`.
 
 # %% [markdown]
 # Ten, for both, and nine is not enough. The number belongs to the task: ten equations need ten unknowns, and almost any
@@ -204,6 +228,12 @@ g = nn.utils.parameters_to_vector(p.grad for p in full.parameters())
 print("trained:", [name for name, p in model.named_parameters() if p.requires_grad])
 print("gradient of theta_d is P^T times the full gradient:", torch.allclose(model.theta_d.grad, P.T @ g))
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: five values of d through one compiled function: how many graphs? Five; as arguments two.
+# - *Cut*: this section; nothing later needs it.
+
 # %% [markdown]
 # The second line is the chain rule, and it says what a subspace costs. To get the $d$ numbers of $P^\top g$ you need the
 # full gradient $g$ of $D$ numbers first, and then a product with $P$. So a subspace step is never cheaper than a step of
@@ -216,7 +246,7 @@ print("gradient of theta_d is P^T times the full gradient:", torch.allclose(mode
 # offset (`keras_ext/rproj_layers.py`). In PyTorch the graph is what happened. But PyTorch too can record one:
 # `torch.export` traces the module once, into a graph without Python. What does it see?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 exported = torch.export.export(model, (images,))
 for spec in exported.graph_signature.input_specs:
     saved = "" if spec.persistent is None else f"  persistent={spec.persistent}"
@@ -241,7 +271,7 @@ my_guess = 2
 ### END SOLUTION
 guess("graphs for five values of d", my_guess)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 graphs = []
 
 
@@ -262,7 +292,7 @@ def graphs_for(call):
     return seen
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 base = make_net()
 
 
@@ -278,6 +308,17 @@ in_module = graphs_for(lambda model, P, theta_d: model(images))
 print("P and theta_d in the module:  ", *in_module)
 print("P and theta_d are arguments:  ", *graphs_for(as_arguments))
 compare_guess("graphs for five values of d", in_module[-1])
+
+# %% [markdown] tags=["instructor"]
+# **15 min.**
+#
+# - *Say*: 750 dense directions are 598 MB for a network of 0.8 MB. And the scale matters: show one sixth for each
+#   tensor.
+# - *Room*: 6.2, 4 minutes. Per tensor is the mistake: `the columns of piece 0 have norm 1 by themselves`.
+# - *Type*: `one_hot_draw` live: slots, signs, one norm. The assert says more than unit columns: exactly orthogonal.
+# - *Room*: 6.3, 7 minutes, or skip it: `mine` has it. `divided by sqrt(2)` is the usual one: nothing is divided.
+# - *Ask*: dense step over ordinary step? Tens of times. Nothing is cheaper than ordinary training: the full gradient
+#   is in it.
 
 # %% [markdown]
 # A tensor that belongs to a module is taken to have a fixed shape, so each $d$ costs a new graph, and after eight (the
@@ -307,13 +348,13 @@ for label, scaled in {"per tensor": per_tensor, "over all D": over_all}.items():
 # %% [markdown]
 # Per tensor, the ten output biases move as far as the 156,800 weights of the first layer: one sixth of the squared length
 # for each tensor. That is a preference, not a random direction. And the columns are $\sqrt 6$ long, so the learning rate means
-# something else for each architecture. (Public implementations do this; one ends with norms between 2 and 16.)
+# something else for each architecture. (Public implementations do this.)
 # Over all $D$, each parameter has its equal share, and a step of length 1 in the subspace moves the network by about 1.
 #
 # ### Exercise 6.2 · Unit columns over all D  (★, 4 min)
 #
 # The pieces of $P$ come as a list, one [D_i, d] for each tensor. Return the pieces scaled so that every column of the
-# whole has norm 1. A sparse draw can leave a column empty: it stays zero. Budget: the pieces are not put together into a
+# whole has norm 1. An empty column (in a sparse $P$) stays zero. Budget: the pieces are not put together into a
 # [D, d] matrix, which would double the memory.
 
 # %% [markdown] tags=["hints-6.2"]
@@ -347,7 +388,7 @@ check("6.2", unit_columns)
 # a list of $D$ indices and signs, and $P\,\theta_d$ is a look-up. The idea is Uni-LoRA's.
 
 
-# %%
+# %% tags=["live"]
 def one_hot_draw(D, d, seed):
     """(slots [D], values [D]): row i of P has values[i] in column slots[i], and columns have norm 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -374,7 +415,7 @@ assert torch.allclose(P_hot.T @ P_hot, torch.eye(30), atol=1e-6)
 #
 # As a matrix it would cost $n^2$ additions. By its own recipe, $H_{2n}$ of two halves $a$, $b$ is
 # $(H_n(a+b),\; H_n(a-b))$. So one pass makes sums and differences, the next one does the same inside each half, and after
-# $\log_2 n$ passes it is done.
+# $\log_2 n$ passes it is done. Any order will do.
 #
 # ### Exercise 6.3 · The fast Hadamard transform  (★★★, 7 min)
 #
@@ -410,7 +451,7 @@ check("6.3", fast_hadamard_transform)
 # %% [markdown]
 # $H$ is symmetric, so the gradient of $H x$ is $H$ applied to the gradient. Autograd found that by itself here. Whoever
 # writes the backward by hand can get it wrong: a public implementation divides by $\sqrt n$ there and not in the
-# forward, and its gradients are too small in each of the two $H$. Training still goes down, which is why `gradcheck`,
+# forward, and its gradients are too small in each of the two $H$. The loss still goes down, which is why `gradcheck`,
 # the comparison with finite differences, is worth its three lines.
 
 # %% tags=["nbval-check-output"]
@@ -508,7 +549,7 @@ def seconds_per_step(model, steps):
     return statistics.median(times_s)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 step_s = {"ordinary": seconds_per_step(MLP(), 60)}
 print(f"{'projection':10} {'P holds':>10} {'optimizer':>10} {'step':>8} {'of ordinary':>12}")
 print(f"{'ordinary':10} {'':>10} {8 * 199_210 / 1e6:>7.3f} MB {1e3 * step_s['ordinary']:>5.1f} ms")
@@ -523,13 +564,19 @@ for kind in ("one_hot", "sparse", "fastfood", "dense"):
 del model
 compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["ordinary"])
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: what must be in the file? Not P, not theta_0: two seeds and 750 numbers, 3 KB.
+# - *Say*: from another start the numbers mean nothing, so the loader refuses.
+
 # %% [markdown]
 # A dense $P$ is read twice in each step, once forward and once for the gradient: 1.2 GB. Sparse and one-hot read a few
 # megabytes and are more than ten times faster. Nothing is cheaper than ordinary training: the full gradient is in each of
 # them. What a subspace does save stands in the third column, the two moments of Adam.
 #
-# Do the cheap ones find worse subspaces? The recording below has sparse and one-hot beside each other, and shows no difference.
-# One-hot is what we use from now on.
+# Do the cheap ones find worse subspaces? The recording below shows no difference between sparse and one-hot.
+# We use one-hot from now on.
 #
 # ## What has to be saved?
 #
@@ -537,7 +584,7 @@ compare_guess("dense subspace step / ordinary step", step_s["dense"] / step_s["o
 # $\theta_0$ may be a file and not a seed. So the checkpoint holds $\theta_d$, the seed of $P$, a hash of $\theta_0$, a
 # fingerprint of the draws, and the version.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils.subspace import SubspaceFileError, load_subspace, save_subspace
 
 torch.manual_seed(0)
@@ -557,8 +604,16 @@ for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden
     except SubspaceFileError as error:
         print(f"{name}: {str(error).replace(str(folder), '...')}\n")
 
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Say*: two definitions, two numbers. The famous 750 is global.
+# - *Room*: 6.4, 3 minutes. `d_int90 is ...: the baseline is the one on the training images` is the mistake of the
+#   field.
+# - *Ask*: the curve dips again after it has crossed; which d counts? The first.
+
 # %% [markdown]
-# The first is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
+# What was loaded is equal in every bit. But $\theta_d$ fits any network of this size, and from another start it means nothing:
 # a loader that trusted the shape would give ten percent accuracy and no error. This one compares hash, size and
 # fingerprint, and refuses.
 #
@@ -571,7 +626,7 @@ for name, make in {"another theta_0": MLP, "another network": lambda: MLP(hidden
 # - **global**: a fixed accuracy for the task, 1.0 for MNIST, so that networks can be compared with each other;
 # - **local**: what this very network reaches when all of it is trained, on the same test images.
 #
-# The famous 750 is the global number of the network with two layers of 400.
+# The 750 that the paper is known for is the global number of its network with two layers of 400.
 #
 # ### Exercise 6.4 · The rule  (★, 3 min)
 #
@@ -603,11 +658,18 @@ def first_d_above(dims, accuracy_SD, full, definition):
 
 check("6.4", first_d_above)
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: runs do not talk to each other: the easiest parallel work there is, and the ring collects it.
+# - *Ask*: local d_int90 on 4,000 images? Guesses first; the sweep takes about a quarter of a minute.
+# - *Say*: the authors' curve is faint because it is not comparable: other data, more epochs.
+
 # %% [markdown]
 # ## Many runs, several cores
 #
 # A measurement is a grid: some ten values of $d$ times the seeds, each a whole training. The runs do not talk to each other,
-# which is the easiest kind of parallel work: deal them out to the ranks, and at the end let everybody know everything.
+# so deal them out to the ranks, and at the end all know everything.
 # Each rank fills in its own places of a tensor of zeros, and the ring of notebook 02 adds the tensors up.
 
 # %% tags=["nbval-ignore-output"]
@@ -638,7 +700,7 @@ def my_share(jobs):
     return mine_alone, accuracies
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 jobs = [(d, seed) for d in (10, 100) for seed in (0, 1)]
 for rank, (alone, added) in enumerate(ranks.run(my_share, jobs)):
     print(
@@ -660,7 +722,7 @@ my_guess = 400
 ### END SOLUTION
 guess("local d_int90 on 4,000 images", my_guess)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils.intrinsic_dimension import measure_intrinsic_dimension
 
 quick = {"dims": [100, 300, 500, 600, 750], "seeds": (0, 1), "epochs": 20}
@@ -698,6 +760,8 @@ def show_curve(title, found, comparable):
 recorded_file = resources.files("workshop_utils") / "recorded_intrinsic_dimension.json"
 recorded = json.loads(recorded_file.read_text(encoding="utf-8"))
 authors = dict(zip(recorded["authors"]["dims"], recorded["authors"]["accuracy"]))
+
+# %% tags=["measures", "nbval-ignore-output"]
 num_images = len(data.train_labels)
 figure = show_curve(f"{num_images:,} images, measured now", measured, comparable=num_images == 60_000)
 
@@ -728,6 +792,13 @@ if PROFILE == "full":
     measure_intrinsic_dimension(MLP, shipped, **asked)
     print(f"done after {time.perf_counter() - began_s:.0f} s more")
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: global 750, like the famous number; local 500. A number without its definition can be off by a third.
+# - *Ask*: parameters grow 24-fold, and the dimension? Less than twofold.
+# - *Say*: shuffled labels: nothing to understand, so every image costs directions.
+
 # %% [markdown]
 # ## The measurement itself
 #
@@ -751,15 +822,15 @@ for _, _, one in results("mnist")[1:]:
     print(f"{one.settings['projection']}, {len(one.seeds)} seed: global {one.d_int90('global')}")
 
 # %% [markdown]
-# Ours crosses 0.90 at 750, like the famous number, and single seeds cross between 700 and 800: the rule reads a flat curve
-# where it meets a flat line, so a spread of a hundred is nothing unusual. The authors' three runs of this network cross
-# at 725, 900 and 900; their own estimate is 786 +- 66. The local line lies 0.02 lower and is crossed some two hundred
-# directions earlier. So a number without its definition can be off by a third.
+# Ours crosses 0.90 at 750, like the paper's number, and single seeds cross between 700 and 800: the rule reads a flat curve
+# where it meets a flat line, so a spread of a hundred is usual. The authors' three runs of this network cross
+# at 725, 900 and 900; their own estimate is 786 +- 66. The local line lies 0.02 lower and is crossed at 500.
+# So a number without its definition can be off by a third.
 #
 # ### What does the number depend on?
 #
-# Two more questions to the recording. Other networks: D from 39,760 to 959,610, and LeNet. And a task with nothing to understand:
-# labels that were shuffled, to be learned by heart.
+# Two more questions to the recording. Other networks: D from 39,760 (FC 1x50: one hidden layer of 50) to 959,610
+# (FC 5x400), and LeNet. And a task with nothing to understand: labels that were shuffled, to be learned by heart.
 
 # %% tags=["nbval-ignore-output"]
 others = [*results("width_depth"), *results("lenet")]
@@ -777,16 +848,17 @@ for _, num_images, found in results("shuffled"):
     print(f"{num_images:>6,} images: d_int90 = {d}{per_image}   (grid ends at {found.dims[-1]:,})")
 
 # %% [markdown]
-# From the smallest to the largest network the parameters grow 24-fold, and the dimension less than twofold. A larger network
+# From the smallest to the largest network the parameters grow 24-fold, and the dimension less than twofold. (One seed each: FC 2x200,
+# at 750 with three, is at 900.) A larger network
 # has more parameters *and* more solutions, so a random subspace of the same size still meets them. The narrow and deep
 # one is not there with 1,400 directions: eight epochs are too few for it. (The authors trained for a hundred, and all of
 # theirs lie between 575 and 775.) LeNet, which knows that pixels have neighbours, needs far fewer directions. So
 # $d_{int90}$ compares architectures on a task, which a count of parameters does not. (For fully connected networks on
 # CIFAR-10 the authors found no such invariance: 3,000 to 15,000.)
 #
-# Shuffled labels have no rule to find, so every image costs directions, a few times their own number. The authors found
-# the same at their scale: 90,000 directions for 5,000 images, 190,000 for 50,000. With true labels the local
-# number was about the same for 4,000 and for 60,000 images: the rule is learned once.
+# Shuffled labels have no rule to find, so every image costs directions: about three here. The authors needed 90,000 for 5,000
+# images and 190,000 for 50,000, so fewer for each. With true labels the local number was 500 for 4,000 and for 60,000
+# images: the rule is learned once.
 #
 # **Measure them again** (extra, 10 min, with `PROFILE = "full"`): LeNet, the smallest and the largest network, and 600 shuffled labels.
 
@@ -816,13 +888,23 @@ if PROFILE == "full":
             f"{label}: {[round(a, 3) for a in found.accuracy[0].tolist()]}, global {found.d_int90('global')}"
         )
 
+# %% [markdown] tags=["instructor"]
+# **5 min.**
+#
+# - *Ask*: LoRA with 210 numbers: in how many directions can it move in its first step? Ten. Why? B is zero.
+# - *Say*: equal counts, three methods, two starts. From a random start LoRA loses by far: the rank is short, not the
+#   count.
+# - *Ask*: why does everybody use the method with the worse accuracy per parameter? Let the room answer from the FLOPs
+#   column.
+# - *Say*: do not skip this table.
+
 # %% [markdown]
 # ## Is LoRA one way to pick directions?
 #
 # LoRA, too, trains few numbers, and its count depends on the layers and on $r$ only. On our network it can train 210 numbers
 # (output layer, $r$ = 1), 610 (and the middle layer), 1,594 (all), 3,188 and 4,782 ($r$ = 2 and 3). With $A$ frozen,
 # $\Delta W = B A$ is linear in $B$: a subspace, whose directions are picked by the layer's shape and by $A$. With $A$ trained
-# as well, the subspace turns while we move. So one can ask at each moment: in how many directions does $\Delta W$ react?
+# as well, the subspace turns while we move. So ask at each moment: in how many directions does $\Delta W$ react?
 #
 # **Predict.** LoRA with $r$ = 1 on the output layer trains 210 numbers. In how many independent directions can it move the
 # 2,000 weights in its first step, when $B = 0$?
@@ -893,7 +975,7 @@ def with_method(model, method, budget, seed=0):
     return RandomSubspace(model, budget, projection="one_hot", seed=seed)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -929,7 +1011,7 @@ figure = figures.plot_budgets(compared["rows"])
 figure = figures.plot_convergence(compared["rows"], compared["scored_after"], budget=1594)
 
 # %% [markdown]
-# Lower is better; both axes are logarithmic. Left, **from the pre-trained base**, the methods are close: from 610
+# Lower is better; axes are logarithmic; the curve with scales is explained below. Left, **from the pre-trained base**, the methods are close: from 610
 # numbers on within about a point. LoRA is last at each budget, and random directions among its own factors are among the
 # best. At 210 LoRA falls behind, and its seeds disagree: its numbers sit in one layer, and with $r$ = 1 that layer has a
 # single direction in which to tell two new digits apart.
@@ -939,7 +1021,7 @@ figure = figures.plot_convergence(compared["rows"], compared["scored_after"], bu
 # fraction of LoRA's errors. So the count of trained numbers does not decide by itself. Here fine-tuning gets by with a low rank, and
 # training does not.
 #
-# Per step LoRA is not ahead either: its first steps move $B$ alone, as counted above.
+# Per step (second figure) LoRA is not ahead either: its first steps move $B$ alone, as counted above.
 #
 # So why does everybody use LoRA? The table has the other side of the bill.
 
@@ -963,10 +1045,17 @@ for start in ("pre-trained", "random initialisation"):
         gain = finals[start, "subspace with scales", budget] - finals[start, "random subspace", budget]
         print(f"{start:22} {budget:>5,}: {100 * gain.mean():+.2f} points, spread {100 * gain.std():.2f}")
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: does 750 mean that a network with 750 parameters would do? No: all 199,210 take part in each forward.
+# - *Say*: if r = 1 is as good as r = 8, rank is not what limits you.
+# - *Ask*: theta_0 is frozen; how many bits does it need? That is 07.
+
 # %% [markdown]
 # A random subspace needs the gradient of every weight before it can project it, so its FLOPs are those of full training, and $P$
 # comes on top. LoRA never computes that gradient: a frozen layer needs the gradient of its input only. That is about
-# half of the FLOPs, and 1,594 numbers of gradient where a subspace has 199,210 on the way. At 7 billion parameters these
+# half of the FLOPs, and 1,594 numbers of gradient where a subspace has 199,210. At 7 billion parameters these
 # are 28 GB in float32, which is what fine-tuning wanted to avoid. So LoRA is no good bargain per trained number, and a good one
 # per FLOP and per byte. The third method takes from both: LoRA's layers, hence its FLOPs, and random directions among its factors,
 # hence any $d$. That is the idea of Uni-LoRA.
@@ -1014,11 +1103,6 @@ for start in ("pre-trained", "random initialisation"):
 # [arXiv:2506.00799](https://arxiv.org/abs/2506.00799) · Hu and others, *LoRA*, 2021,
 # [arXiv:2106.09685](https://arxiv.org/abs/2106.09685) ·
 # [torch.func.functional_call](https://docs.pytorch.org/docs/stable/generated/torch.func.functional_call.html)
-
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Ask for the toy's number before anything else, and write the room's guesses on the board. Code 6.1 live up
-# to the buffer, and let the room find where P belongs. If time is short, skip static graphs and 6.3 (`mine` supplies it). Do not
-# skip the LoRA table: let the room explain why the method with the worse accuracy per parameter is the one that everybody uses.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 ranks.stop()

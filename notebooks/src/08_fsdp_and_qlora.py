@@ -10,10 +10,16 @@
 # - count what full fine-tuning, LoRA and QLoRA send, and see when the link decides and when the memory;
 # - choose a configuration one setting at a time, and defend it.
 #
-# 45 minutes. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units, gathers, 16 bytes for a
-# parameter) and [notebook 07](07_qlora.ipynb) (NF4, `QLoRALinear`). It uses SmolLM2, as 07 did: if you have not fetched
+# 45 minutes, of which 22 are exercises. It builds on [notebook 04](04_fully_sharded_data_parallel.ipynb) (units,
+# gathers, 16 bytes for a parameter) and [notebook 07](07_qlora.ipynb) (NF4, `QLoRALinear`). It uses SmolLM2, as 07 did: if you have not fetched
 # it, run `python -m workshop_utils fetch` in a terminal. Without it every cell still runs, with a tiny random network,
 # and what is measured then means little.
+
+# %% [markdown] tags=["instructor"]
+# **For the instructor.** Begin with the widget and a model that somebody in the room wants to train. 8.1 goes quickly; give
+# the time to 8.2, where `to` in place of `view` is what people write, and show the picture of the noise before you say
+# which dtype it was. End with 8.4 in pairs: each pair defends its choice against another one that fits. If time is
+# short, skip "Memory against stability" and the settings; nothing later needs them.
 
 # %% tags=["parameters"]
 PROFILE = "quick"  # "full": all 30 layers of SmolLM2, and each setting measured here; about 6 minutes longer
@@ -31,10 +37,19 @@ use_style()
 # %% tags=["nbval-ignore-output"]
 ranks = start_ranks(2)
 
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Say*: begin with the planner and a model that somebody in the room wants to train.
+# - *Room*: 8.1, 4 minutes. `activations is 750,000,000, expected 1,500,000,000 ... divides none`: no strategy divides
+#   them.
+# - *Break it*: give the base Adam's moments: `The base is frozen`.
+# - *Ask*: Llama 8B on two GPUs, full and QLoRA, in GiB? 69 and 8. Then tick "checkpointing" and take longer texts.
+
 # %% [markdown]
 # ## What does a model cost now?
 #
-# In 04 a parameter cost 16 bytes in training, and FSDP divided them all by the number of GPUs. In 07 the frozen part
+# In 04 a parameter cost 16 bytes in training, and FSDP divided them all by the number of GPUs, n. In 07 the frozen part
 # shrank to 4.127 bits. Together:
 #
 # | what | bytes for each number | divided by n |
@@ -77,8 +92,9 @@ check("8.1", bytes_per_gpu)
 
 # %% [markdown]
 # That is what *stays*. What comes and goes in a step must fit as well: units while they are whole, a weight out of its 4
-# bits, scores and their gradient. `plan_memory` adds these up, from formulas that are in its docstrings with their
-# sources. It needs the shapes only, so it builds the model on the meta device.
+# bits, and the scores (*logits*: for each token one for each word of the vocabulary) with their gradient. `plan_memory`
+# adds these up, from formulas that are in its docstrings with their sources. It needs the shapes only, so it builds the
+# model on the meta device, without numbers.
 #
 # **Predict.** Llama 8B, one sequence of 512 tokens on each of two GPUs, FSDP. Full fine-tuning takes how many GiB on
 # each? And QLoRA?
@@ -105,9 +121,17 @@ compare_guess("8B on 2 GPUs, full, GiB", plans["full, fsdp"].total_bytes / 2**30
 compare_guess("8B on 2 GPUs, QLoRA, GiB", plans["qlora, fsdp"].total_bytes / 2**30, "GiB")
 planner("llama-8b", "qlora", 2)
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: do you believe it? Where is it off, and in which direction? Downwards: the source gives what the allocator
+#   reserved.
+# - *Say*: so leave room.
+
 # %% [markdown]
 # LoRA removes the states, NF4 most of the weights, FSDP half of what is left. After that the bar is made of what none
-# of the three touches: activations, scores, and the embedding, gathered whole. Try "checkpointing", and longer texts.
+# of the three touches: activations, scores, and the embedding, gathered whole. (The number at the end of a bar
+# includes 1.3 GiB for CUDA. Your guess is compared without.) Try "checkpointing", and longer texts.
 #
 # The same on the command line: `python -m workshop_utils plan llama-8b --gpus 2 --method qlora`.
 #
@@ -116,7 +140,7 @@ planner("llama-8b", "qlora", 2)
 # A prediction is worth its errors. Here is every published figure that we know for such runs, with its settings put
 # into the formulas, and nothing adjusted.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from workshop_utils.published_memory import predicted_against_published
 
 published = predicted_against_published()
@@ -126,10 +150,17 @@ for row in published:
     if abs(row.error) > 0.15:
         print(f"{row.name}: off by {row.error:+.0%}. {row.why}")
 
+# %% [markdown] tags=["instructor"]
+# **3 min.**
+#
+# - *Say*: three methods on two real ranks, each beside its plan. It takes a while: talk through the table of 08.1
+#   meanwhile.
+# - *Ask*: how many times less does QLoRA hold? 6 here: half of an embedding that nobody quantised is most of it.
+
 # %% [markdown]
 # Where a source gives the memory that tensors took, the formulas are close. Where they are off, it is downwards, and the
 # source gives something larger: what the allocator had reserved, or what the driver saw. So leave room. `fits` sets
-# aside 1.3 GiB for CUDA itself; fragmentation comes on top.
+# aside 1.3 GiB for CUDA itself; fragmentation comes on top. Hollow points are figures that we know at second hand.
 #
 # ## And on these ranks?
 #
@@ -241,13 +272,24 @@ plt.show()
 stay = {method: sum(list(kinds.values())[:3]) for method, kinds in held.items()}
 compare_guess("full / QLoRA, bytes that stay", stay["full"] / stay["qlora"])
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 for method, kinds in held.items():
     plan = planned[method].by_kind() | {"activations": planned[method].saved_bytes}
     for kind, got in kinds.items():
         limit = 0.20 if kind == "activations" else 0.05
         assert abs(plan[kind] / got - 1) < limit or not is_fetched(), (method, kind)
 print("parameters, gradients and optimizer state within 5% of the plan, activations within 20%")
+
+# %% [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Say*: FSDP casts what it gathers. Codes are no numbers.
+# - *Room*: 8.2, 6 minutes. What people write is `to` in place of `view`: `view() reads the same bytes`, says the
+#   check.
+# - *Break it*: always float32: `no bfloat16, so it was cast`.
+# - *Type*: `Codes` live, then ask which of four dtypes arrive. Show the picture of the noise before you say which it
+#   was.
+# - *Say*: float16 is the bad one: the size is right, nothing raises. An integer, or `param_dtype`.
 
 # %% [markdown]
 # The formulas are off by a fraction of a percent: Adam's step counters, and a few numbers for each token. QLoRA's bar
@@ -293,13 +335,13 @@ check("8.2", gather_codes)
 
 # %% [markdown]
 # And torch's `fully_shard`? From torch 2.13 on it takes integers too, and leaves those alone: one more way to be right,
-# and none less to be wrong. (Older ones refuse integers; there this notebook disguises its codes as bf16.) One weight
+# and as many as before to be wrong. (Older ones refuse integers; there this notebook disguises its codes as bf16.) One weight
 # matrix of SmolLM2, quantised, its codes stored in four dtypes, `param_dtype` bf16.
 #
 # **Predict.** Which of the four arrive intact? And which goes wrong without anybody noticing?
 
 
-# %%
+# %% tags=["live"]
 class Codes(nn.Module):
     """Packed codes as a frozen parameter of a storage dtype. The forward returns what has arrived."""
 
@@ -318,7 +360,7 @@ def arrives(packed, storage):
     return fully_shard(Codes(packed, storage), mesh=mesh, mp_policy=policy)().view(torch.uint8)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from dataclasses import replace
 
 from workshop_utils.quantization import dequantize_nf4, quantize_nf4
@@ -341,6 +383,12 @@ for storage in dict.fromkeys([qlora.SHARDABLE_STORAGE, torch.bfloat16, torch.flo
 figure = figures.plot_arrivals("A corner of down_proj, dequantised", {"the weight": weight[:40, :40]} | seen)
 plt.show()
 compare_guess("storage dtypes that arrive intact under bf16", sum(share == 0 for share in changed.values()))
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: after three steps, how many bytes of the sharded codes have changed? None, on both.
+# - *Say*: `fully_shard` sends no weights round. Ranks that draw the adapter from different seeds train a patchwork.
 
 # %% [markdown]
 # uint8 and bf16 arrive. float32 arrives as half as many bytes, so the next reshape fails: loud. float16 is the bad one:
@@ -416,7 +464,7 @@ def beside_one_process(make, steps):
     return torch.stack(alone), torch.stack(together), changed, sum(old.nbytes for old in before)
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 from functools import partial
 
 apart = {}
@@ -428,6 +476,13 @@ for name, make in {"ours": partial(adapted, "qlora"), "bitsandbytes": librarys}.
     )
     print(f"{'':13} {num_changed} of {num_bytes:,} frozen bytes on this rank have changed")
     assert num_changed == 0 and apart[name] < 1e-4
+
+# %% [markdown] tags=["instructor"]
+# **6 min.**
+#
+# - *Room*: 8.3, 4 minutes. `What is frozen has no gradient` and `again for its backward` are the two complaints.
+# - *Ask*: QLoRA sends how many times less than full? 3.4 here: the embedding is gathered whole.
+# - *Say*: the last line: data parallel sends 2 MB. Where it fits whole, do not shard.
 
 # %% [markdown]
 # Not a bit of the base has changed, and the losses are those of one process, ours and the library's. Note that
@@ -492,7 +547,7 @@ def parts_of(method):
     return dict(zip(figures.PARTS, (frozen, gathered, reduced)))
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 parts = {method: parts_of(method) for method in ("full", "lora", "qlora")}
 figure = figures.plot_sent(f"A step of SmolLM2, {NUM_LAYERS} layers, float32, two ranks", parts, sent)
 plt.show()
@@ -501,6 +556,13 @@ for method, summands in parts.items():
 compare_guess("full / QLoRA, bytes sent", sent["full"] / sent["qlora"])
 ddp = plan_memory(spec, "ddp", 2, method="qlora", precision="fp32", **shape).traffic_bytes
 print(f"data parallel with QLoRA would send {ddp / 1e6:.1f} MB")
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Say*: grey bars did not change. Read the order in which to save: 4 bits and LoRA, checkpointing, FSDP, offload
+#   last.
+# - *Cut*: this section, if you are late.
 
 # %% [markdown]
 # Full fine-tuning gathers twice and reduces everything; LoRA's gradients are next to nothing, but its base is gathered as
@@ -587,6 +649,12 @@ for name, change in changes.items() if PROFILE == "full" else ():
     step_s, peak = ranks.run(one_setting, **change)[0]
     print(f"{name:14} {step_s:.2f} s a step, {peak / 1e6:4.0f} MB whole at most")
 
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: which keeps the loss from falling: bf16 reduction, adapters in bf16, r = 2, a rate of 1e-2? The rate.
+# - *Cut*: this section, if you are late; nothing later needs it.
+
 # %% [markdown]
 # ## Memory against stability
 #
@@ -595,7 +663,7 @@ for name, change in changes.items() if PROFILE == "full" else ():
 # **Predict.** Which of these will keep the loss from falling: gradients reduced in bf16; adapter and Adam in bf16; r = 2; a
 # learning rate of 1e-2?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 groups = {
     "precision": ["learning rate 4e-4, r = 8", "reduced in bf16", "adapter and Adam in bf16", "LoRA on bf16"],
     "learning rate": [
@@ -613,6 +681,12 @@ plt.show()
 print(f"{'':26} {'MB stay':>8} {'mean of the last 3 losses':>26} {'worst seed':>11} {'highest':>8}")
 for name, megabytes, mean, best, worst, highest in figures.stability_table(recorded["stability"]):
     print(f"{name:26} {megabytes:8.1f} {mean:26.3f} {worst:11.3f} {highest:8.2f}")
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: ViT-L on 2 x 8 GB: does FSDP make it fit? No: activations fill the card; checkpointing does, on one GPU.
+# - *Say*: 70 B on two cards of 24 GB: with offload, and with hours.
 
 # %% [markdown]
 # **Precision.** The curves lie on each other. Gradients reduced in bf16, even adapter and moments kept in bf16, move a loss
@@ -635,7 +709,7 @@ for name, megabytes, mean, best, worst, highest in figures.stability_table(recor
 #
 # Settings that people have run, and what the planner says of each. A "24 GB" card has 24 GiB; 1.3 of them are CUDA's.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 rows = """ViT-L, full, 1 GPU:      vit-l single 1 full
 ViT-L, full, 1 GPU, ckpt:   vit-l single 1 full checkpointing
 ViT-L, full, FSDP:          vit-l fsdp 2 full
@@ -659,6 +733,12 @@ for name, plan in case_plans.items():
     print(f"{name:26} {fits:12} {card:2} GB; sends {plan.traffic_bytes / 1e9:6.2f} GB a step", end=", ")
     print(f"host {plan.host_bytes / 1e9:5.1f} GB, {plan.compute_s:.2f} s + {plan.communication_s:.2f} s")
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: from how many tokens on does QLoRA under FSDP compute longer than it sends? About a thousand over PCIe 4.
+# - *Say*: the first cure is not to shard what fits.
+
 # %% [markdown]
 # - **ViT-L on 2 x 8 GB.** What fills the card is activations. FSDP alone does not make it fit, checkpointing does, on one
 #   GPU even; then two GPUs are for speed, or for larger batches.
@@ -666,17 +746,17 @@ for name, plan in case_plans.items():
 # - **70B on 2 x 24 GB.** 4 bits alone are 35 GB. Sharded, predicted 29 GB on each card; PEFT's documentation has 35.6. With
 #   offload it fits: predicted 10 GB; fsdp_qlora's authors saw 14.92 GiB reserved (2 x 3090 and 2 x 4090), PEFT's
 #   documentation has 19.6 GB, and 107 GB on the host. Hours, too: 11,795 s against 4,399 s for the same data on
-#   the two kinds of card.
+#   the two kinds of card. (With each source's own settings, the formulas gave 29.9 GB, 11 GiB and 11.8 GB above.)
 #
 # ## When does the link decide?
 #
 # In 04 a step was half communication where tokens per GPU times the link's bandwidth equalled the GPU's speed. Now the
 # gathers are in 4 bits and the gradients are gone.
 #
-# **Predict.** 8B on two A100s over PCIe 4, nothing overlapped. From how many tokens on does QLoRA under FSDP
-# communicate for less than half of its step?
+# **Predict.** 8B on two A100s over PCIe 4, nothing overlapped. From how many tokens on, 64 doubled again and again, does
+# QLoRA under FSDP communicate for less than half of its step?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 ### BEGIN SOLUTION
 # ~ my_guess_tokens = None
 my_guess_tokens = 500
@@ -701,6 +781,14 @@ figure = figures.plot_shares(
 plt.show()
 compare_guess("tokens from which QLoRA computes longer than it sends", half, "tokens")
 
+# %% [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Room*: 8.4 in pairs, 8 minutes; then each pair defends its choice against another one that fits.
+# - *Break it*: LoRA in place of QLoRA: `does not fit ... Against parameters: fewer bits`.
+# - *Break it*: without checkpointing: `Against activations: checkpointing`.
+# - *Ask*: what is the largest kind? Logits; nobody says it at first. No strategy of this series divides them.
+
 # %% [markdown]
 # The planner's A100 reaches 40% of its peak; a slower card moves all lines to the left. What to do where the link decides,
 # in this order:
@@ -721,7 +809,7 @@ compare_guess("tokens from which QLoRA computes longer than it sends", half, "to
 # in a step. Choose strategy ("ddp", "zero1", "zero2", "fsdp"), method ("full", "lora", "qlora"), checkpointing, offload
 # and batch_size (on each GPU). To show that you know why, name the `largest` kind of bytes in your plan: one of
 # parameters, gradients, optimizer, activations, logits, temporary. Budget: at most 1.25 times the seconds per token of
-# the best configuration that fits. The check asks the planner.
+# the best configuration that fits. The check asks the planner, and so may you: `plan_memory`, or the widget above.
 
 # %% [markdown] tags=["hints-8.4"]
 # 1. `plan_memory("llama-8b", "fsdp", 2, method="qlora", length=4096).by_kind()` shows what fills the card. Try the widget
@@ -745,7 +833,7 @@ my_configuration = {
 ### END SOLUTION
 check("8.4", my_configuration)
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 chosen = dict(mine("my_configuration"))
 chosen.pop("largest")
 yours = {"your choice": plan_memory("llama-8b", chosen.pop("strategy"), 2, length=4096, **chosen)}
@@ -759,6 +847,11 @@ for name, plan in yours.items():
         f"{name:18} {plan.traffic_bytes / 1e9:5.2f} GB sent, {plan.serial_step_s:.2f} s if nothing overlaps"
     )
 
+# %% [markdown] tags=["instructor"]
+# **0 min.**
+#
+# - *Say*: the command is the whole section. Run it in the break if you like.
+
 # %% [markdown]
 # More than one configuration is right. Under DDP it fits as well, and sends sixty times less; under FSDP there is a GiB
 # more room, for a longer text or a larger r. The largest kind is none that this workshop has divided: scores. Losses
@@ -768,7 +861,7 @@ for name, plan in yours.items():
 #
 # The same training as a script, for two ranks here or eight GPUs there, with checkpoints of the adapter (`cluster/README.md` has the rest). Its losses are those of one process, too.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 import subprocess
 import sys
 
@@ -780,6 +873,13 @@ if PROFILE == "full":
         [sys.executable, *command.split()], capture_output=True, text=True, timeout=300, check=False
     )
     print(done.stdout[-1500:] or done.stderr[-1500:])
+
+# %% [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Say*: show the error without the text under it. Ask: "invalid for input of size": half of what? Of the codes'
+#   bytes.
+# - *Break it*: the cell is the mistake; put `quant_storage=torch.bfloat16` in its place, and it runs.
 
 # %% [markdown]
 # ## Read this error
@@ -807,6 +907,13 @@ policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 fully_shard(layer, mesh=init_device_mesh("cpu", (world_size,)), mp_policy=policy)
 layer(torch.rand(4, 128))
 
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Say*: for each method the same losses, whatever the strategy. Strategies move bytes, they do not change the
+#   training.
+# - *Ask*: which row is yours?
+
 # %% [markdown]
 # **What it says.** A shape that is "invalid for input of size" half of what it should be, deep inside bitsandbytes.
 #
@@ -819,7 +926,7 @@ layer(torch.rand(4, 128))
 #
 # All of it once more, measured: SmolLM2, 8 sentences a step, float32, one thread for each process.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["measures", "nbval-ignore-output"]
 table = {(row["strategy"], row["method"]): row for row in recorded["strategies"]}
 print(f"{'':15} {'MB stay':>8} {'activations':>12} {'MB sent':>8} {'s a step':>9}   loss of the last step")
 for (strategy, method), row in table.items():
@@ -833,6 +940,12 @@ for method in ("full", "lora", "qlora"):
     losses = [row["losses"] for (_, m), row in table.items() if m == method]
     assert all(abs(a - b) < 5e-3 for other in losses for a, b in zip(losses[0], other, strict=True)), method
 print("for each method the same losses, whatever the strategy")
+
+# %% [markdown] tags=["instructor"]
+# **1 min.**
+#
+# - *Ask*: each person names one thing to try on Monday, with the plan command for it.
+# - *Say*: a model's own `config.json` goes into the planner.
 
 # %% [markdown]
 # | | lines changed | ways to fail | choose it when |
@@ -866,12 +979,6 @@ print("for each method the same losses, whatever the strategy")
 # [fsdp_qlora](https://github.com/AnswerDotAI/fsdp_qlora) · [PEFT with
 # FSDP](https://huggingface.co/docs/peft/accelerate/fsdp) ·
 # [fully_shard](https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)
-
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** Begin with the widget and a model that somebody in the room wants to train. 8.1 goes quickly; give
-# the time to 8.2, where `to` in place of `view` is what people write, and show the picture of the noise before you say
-# which dtype it was. End with 8.4 in pairs: each pair defends its choice against another one that fits. If time is
-# short, skip "Memory against stability" and the settings; nothing later needs them.
 
 # %% tags=["key-figures", "nbval-ignore-output"]
 ranks.stop()

@@ -23,6 +23,12 @@ from workshop_utils import check, compare_guess, guess, hint, mine, solution, st
 
 use_style()
 
+# % [markdown] tags=["instructor"]
+# **20 min.**
+#
+# - *Ask*: what to ask the room here.
+# - *Break it*: a mistake to make on purpose, and what the error says.
+
 # %% [markdown]
 # ## A section has four steps
 #
@@ -97,17 +103,24 @@ check("9.1", mean_over_ranks_)
 # %%
 mean_over_ranks_ = mine("mean_over_ranks_")
 
-# %% [markdown] tags=["instructor"]
-# **For the instructor.** What to ask the room here, and which mistake to expect.
-
 # %% [markdown] tags=["solution"]
 # A remark on the solution. This cell is only in the solutions.
+
+# % [markdown] tags=["instructor"]
+# **8 min.**
+#
+# - *Say*: what the library does with one line.
 
 # %% [markdown]
 # ## The library's version, parity, cost
 #
 # Show what the library does with one line, assert that both agree to a stated tolerance, and put the measured
 # cost beside the formula. Name each symbol of a formula and its unit right under it. Name the source of a number.
+
+# % [markdown] tags=["instructor"]
+# **2 min.**
+#
+# - *Ask*: what will they remember next week?
 
 # %% [markdown]
 # ## Recap

@@ -241,6 +241,12 @@ def sums_over_images(model, images, labels, parts):
         F.cross_entropy(model(x), y, reduction="sum").backward()
 
 
+def splits_instead_of_chunks(model, images, labels, parts):
+    model.zero_grad()
+    for x, y in zip(images.split(parts), labels.split(parts)):
+        (F.cross_entropy(model(x), y) / parts).backward()
+
+
 def forgets_backward(model, images, labels, parts):
     model.zero_grad()
     for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
@@ -360,8 +366,8 @@ WRONG = {
         (never_steps, r"step 1: no parameter moved, though \.grad is filled"),
         (never_goes_backward, r"step 1: no parameter moved, and \.grad is empty"),
         (sums_the_loss, r"step 1 moved 8 times too far, and the batch has 8 images"),
-        (applies_softmax_first, r"step 1: after it 0\.weight\[0, 0\] is .*, expected"),
-        (returns_nothing, r"step 1: the loss you returned is None, expected the number"),
+        (applies_softmax_first, r"step 1 moved as if the scores had gone through softmax"),
+        (returns_nothing, r"step 1: the loss you returned is None, expected the number .* `return` missing"),
         (returns_the_later_loss, r"step 1: the loss you returned is .*, the loss after the update; expected"),
         (climbs, r"step 1 moved up the gradient"),
         (transposes_the_images, r"raised RuntimeError"),
@@ -395,6 +401,10 @@ WRONG = {
         (
             sums_over_images,
             r"1 part of 12 images: the gradient is 12 times too large, and there are 12 images",
+        ),
+        (
+            splits_instead_of_chunks,
+            r"1 part of 12 images: the forwards saw \[1, 1, .*into pieces of k images",
         ),
         (forgets_backward, r"1 part of 12 images: 0\.weight\.grad is None"),
         (steps_too, r"1 part of 12 images: 0\.weight was changed"),

@@ -42,6 +42,15 @@ def swaps_with_a_partner(tensor):
     return received
 
 
+def forgets_that_it_is_a_ring(tensor):
+    rank = dist.get_rank()
+    received = torch.empty_like(tensor)
+    sending = dist.isend(tensor, rank + 1)
+    dist.recv(received, rank - 1)
+    sending.wait()
+    return received
+
+
 def passes_left(tensor):
     rank, n = me()
     received = torch.empty_like(tensor)
@@ -490,6 +499,10 @@ WRONG = {
         (receives_first, r"rank 0: waiting .* in recv \(from rank 1\)[\s\S]*world had 2 ranks"),
         (sends_first, r"rank 0: waiting .* in send \(to rank 1\)"),
         (swaps_with_a_partner, r"world had 3 ranks|rank 2"),
+        (
+            forgets_that_it_is_a_ring,
+            r"rank [01] (sends to|receives from) rank (2|-1), but the ranks are 0 to 1",
+        ),
         (passes_left, r"With world size 3: rank 0: what you return \(from rank 2\) is \[.*\], expected \["),
         (receives_into_its_own, r"rank 0: your own tensor was changed: now \[.*\], before \["),
         (tells_everybody, r"world size 3: rank 0: you sent 2.00 S, the budget is 1.00 S"),
@@ -506,7 +519,10 @@ WRONG = {
         (sends_its_own_instead_of_roots, r"With world size 3: rank 2: the tensor is \[.*\], expected \["),
     ],
     "2.3": [
-        (ends_with_the_next_chunk, r"With world size 2: rank 0: chunks\[0\] is \[.*\], expected \["),
+        (
+            ends_with_the_next_chunk,
+            r"world size 2: rank 0: chunks\[1\] holds the sum .*, expected chunks\[0\]",
+        ),
         (one_step_too_many, r"ValueError: rank 0 sends to itself, in a world of size 1"),
         (one_step_too_few, r"With world size 2: rank 0: chunks\[0\] is \[.*\], expected \["),
         (replaces_the_list_entry, r"rank 0: the right numbers are in a new tensor, .* Write into it"),

@@ -42,6 +42,10 @@ def computes_in_float32(stage, num_parameters, world_size):
     return bill(stage, 4 * num_parameters, 4 * num_parameters, 8 * num_parameters, world_size)
 
 
+def counts_the_copy_as_a_parameter(stage, num_parameters, world_size):
+    return bill(stage, 6 * num_parameters, 2 * num_parameters, 8 * num_parameters, world_size)
+
+
 def returns_the_total(stage, num_parameters, world_size):
     return sum(bill(stage, 2 * num_parameters, 2 * num_parameters, 12 * num_parameters, world_size).values())
 
@@ -432,6 +436,15 @@ def sends_to_itself_too(unit_numels, world_size, reshard_after_forward=True):
     return (3 if reshard_after_forward else 2) * 4 * padded(unit_numels, world_size)
 
 
+def sent_and_received(unit_numels, world_size, reshard_after_forward=True):
+    return (
+        2
+        * sends_to_itself_too(unit_numels, world_size, reshard_after_forward)
+        * (world_size - 1)
+        / world_size
+    )
+
+
 def all_ranks_together(unit_numels, world_size, reshard_after_forward=True):
     return (3 if reshard_after_forward else 2) * 4 * padded(unit_numels, world_size) * (world_size - 1)
 
@@ -488,6 +501,7 @@ WRONG = {
         (begins_with_the_parameters, r"stage 1, .*: parameters is .*stage 1 leaves it whole"),
         (counts_stages_from_zero, r"stage 0, .*: optimizer is .*stage 0 leaves it whole"),
         (computes_in_float32, r"stage 0, .*: parameters is 30,000,000,000, expected 15,000,000,000"),
+        (counts_the_copy_as_a_parameter, r"stage 0, .*: parameters is 45,000,000,000.*as the optimizer's"),
         (
             returns_the_total,
             r"you returned 1\d+.*, expected a dict with the keys parameters, gradients, optimizer",
@@ -562,14 +576,15 @@ WRONG = {
         (scatters_before_it_fills, r"rank 0: grad_shard .* is .*, expected"),
     ],
     "4.5": [
-        (as_data_parallel, r"world size 2, reshard_after_forward=True: .*That is what data parallel sends"),
-        (sends_to_itself_too, r"world size 2, .*need not send its own part to itself"),
-        (all_ranks_together, r"world size 2, .*need not send|That is what all ranks together send"),
+        (as_data_parallel, r"world size 5, reshard_after_forward=True: .*That is what data parallel sends"),
+        (sends_to_itself_too, r"world size 5, .*need not send its own part to itself"),
+        (all_ranks_together, r"world size 5, .*That is what all ranks together send"),
+        (sent_and_received, r"world size 5, .*what a rank sends and receives"),
         (without_padding, r"Each unit is padded until n divides it"),
         (pads_the_sum_only, r"Each unit is padded by itself"),
         (always_gathers_twice, r"reshard_after_forward=False: .*the second gather is spared"),
-        (as_gloo_does, r"world size 2, .*your number of bytes is .*, expected"),
-        (in_elements, r"world size 2, .*Those are elements: float32 has 4 bytes"),
+        (as_gloo_does, r"world size 5, .*your number of bytes is .*, expected"),
+        (in_elements, r"world size 5, .*Those are elements: float32 has 4 bytes"),
     ],
 }
 RIGHT = {

@@ -597,7 +597,7 @@ WRONG = {
         (SwapsAandB, r"lora_A is \[5, 2\], expected \[2, 6\]"),
         (BothZero, r"A and B are both 0"),
         (ForgetsTheZeros, r"B is not 0 at the start"),
-        (ZeroAInstead, r"B is not 0 at the start"),
+        (ZeroAInstead, r"A is 0 and B is random.*the other way round"),
         (AllOnes, r"the rows of A are not independent"),
         (WithBiases, r"lora_A has a bias"),
         (PlainTensors, r"lora_A is of type Tensor, which no optimizer finds"),

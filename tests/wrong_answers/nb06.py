@@ -376,6 +376,10 @@ def best_seed(dims, accuracy_SD, full, definition):
     return first(dims, accuracy_SD.amax(0), line_of(full, definition))
 
 
+def median_over_the_seeds(dims, accuracy_SD, full, definition):
+    return first(dims, accuracy_SD.sort(dim=0).values[len(accuracy_SD) // 2], line_of(full, definition))
+
+
 def mean_over_the_dims(dims, accuracy_SD, full, definition):
     return first(dims, accuracy_SD.mean(1), line_of(full, definition))
 
@@ -488,10 +492,14 @@ WRONG = {
             best_seed,
             r"seeds that disagree, global: d_int90 is 10, expected 30: that is where the first single seed is above",
         ),
+        (
+            median_over_the_seeds,
+            r"seeds that disagree, global: d_int90 is 40, expected 30, the first d whose mean",
+        ),
         (mean_over_the_dims, r"a curve that rises, global: d_int90 is None, expected 900"),
         (
             last_below_plus_one,
-            r"a curve that dips .*, global: d_int90 is 500, expected 300, the first d that is above",
+            r"a curve that dips .*, global: d_int90 is 500, expected 300, the first d whose mean over the seeds is above",
         ),
         (index_instead_of_d, r"that is the index in the grid, not the d"),
         (last_of_the_grid_if_none, r"a grid that is too short, global: d_int90 is 20, expected None"),

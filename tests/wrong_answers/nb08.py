@@ -60,6 +60,11 @@ def quantises_the_embedding(num_quantized, num_other, num_adapter, activation_by
     return bill(parameters, 4 * num_adapter / world_size, 8 * num_adapter / world_size, activation_bytes)
 
 
+def embedding_in_float32(num_quantized, num_other, num_adapter, activation_bytes, world_size):
+    exact = in_a_loop(num_quantized, num_other, num_adapter, activation_bytes, world_size)
+    return exact | {"parameters": exact["parameters"] + 2 * num_other / world_size}
+
+
 def counts_bits(num_quantized, num_other, num_adapter, activation_bytes, world_size):
     parameters = (num_quantized * NF4_BITS + 2 * num_other + 4 * num_adapter) / world_size
     return bill(parameters, 4 * num_adapter / world_size, 8 * num_adapter / world_size, activation_bytes)
@@ -91,6 +96,12 @@ def in_a_loop(num_quantized, num_other, num_adapter, activation_bytes, world_siz
 def rounded_up(num_quantized, num_other, num_adapter, activation_bytes, world_size):
     exact = in_a_loop(num_quantized, num_other, num_adapter, activation_bytes, world_size)
     return {kind: -(-size // 1) if size > 1e6 else size for kind, size in exact.items()}
+
+
+def the_bits_of_the_text(num_quantized, num_other, num_adapter, activation_bytes, world_size):
+    exact = in_a_loop(num_quantized, num_other, num_adapter, activation_bytes, world_size)
+    parameters = (num_quantized * 4.127 / 8 + 2 * num_other + 4 * num_adapter) / world_size
+    return {kind: int(size) for kind, size in (exact | {"parameters": parameters}).items()}
 
 
 # 8.2 gather_codes
@@ -137,6 +148,12 @@ def leaves_the_padding_in(codes, param_dtype, all_gather):
 def cuts_the_padding_at_the_end_only(codes, param_dtype, all_gather):
     gathered = all_gather(padded(codes, param_dtype.itemsize).view(param_dtype)).view(torch.uint8)
     return gathered[: dist.get_world_size() * len(codes)]
+
+
+def pads_what_needs_none(codes, param_dtype, all_gather):
+    size = param_dtype.itemsize
+    filled = torch.nn.functional.pad(codes, (0, size - len(codes) % size))
+    return parts(all_gather(filled.view(param_dtype)), codes)
 
 
 def gathers_its_own_only(codes, param_dtype, all_gather):
@@ -237,6 +254,7 @@ WRONG = {
         (forgets_the_scales, r"parameters is .*scales of the blocks are missing"),
         (quantises_the_embedding, r"parameters is .*Embeddings and norms are not quantised"),
         (counts_bits, r"parameters is .*Those are bits"),
+        (embedding_in_float32, r"parameters is .*Embeddings and norms are bf16: 2 bytes"),
         (adapter_in_bf16, r"parameters is .*adapter is kept in float32"),
         (a_master_copy_too, r"optimizer is .*no other master copy"),
         (the_total, r"expected a dict with the keys"),
@@ -249,7 +267,11 @@ WRONG = {
         (always_bfloat16, r"code \[\d+\] is .*all_gather casts to float16"),
         (forgets_the_padding, r"self.size|divisible"),
         (leaves_the_padding_in, r"the padding of each rank"),
-        (cuts_the_padding_at_the_end_only, r"7 bytes .*|code \[7\] is"),
+        (cuts_the_padding_at_the_end_only, r"code \[7\] is .*that is padding. Each rank's stands behind"),
+        (
+            pads_what_needs_none,
+            r"66 bytes handed over, the budget is 64 .*pad to the next whole number of bfloat16",
+        ),
         (gathers_its_own_only, r"this rank's own codes 2 times"),
         (does_not_gather, r"you called all_gather 0 times, expected once"),
         (a_call_per_half, r"you called all_gather 2 times, expected once"),
@@ -288,7 +310,7 @@ WRONG = {
     ],
 }
 RIGHT = {
-    "8.1": [in_a_loop, rounded_up],
+    "8.1": [in_a_loop, rounded_up, the_bits_of_the_text],
     "8.2": [with_a_buffer],
     "8.3": [kind_by_kind],
     "8.4": [choice("ddp", "qlora", "logits"), choice("zero2", "qlora", "logits")],

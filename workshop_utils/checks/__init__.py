@@ -140,7 +140,10 @@ def expect_number(got, expected, *, rank=None, name="the result", rtol=1e-6):
     try:
         value = float(got)
     except (TypeError, ValueError, RuntimeError):
-        raise Wrong(f"{_where(rank)}{name} is {got!r:.60}, expected the number {expected:,}") from None
+        missing = ". Is a `return` missing?" if got is None else ""
+        raise Wrong(
+            f"{_where(rank)}{name} is {got!r:.60}, expected the number {expected:,}{missing}"
+        ) from None
     if not abs(value - expected) <= rtol * abs(expected):
         raise Wrong(f"{_where(rank)}{name} is {value:,.10g}, expected {expected:,.10g}")
 

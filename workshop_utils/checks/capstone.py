@@ -53,7 +53,9 @@ def _checked(answer) -> dict:
             raise Wrong(f"{word}: {', '.join(sorted(map(str, odd)))}. The keys are {', '.join(keys)}")
     if answer["strategy"] not in CHOICES["strategy"]:
         choices = ", ".join(CHOICES["strategy"])
-        raise Wrong(f"strategy is {answer['strategy']!r}, expected one of {choices}: there are two GPUs")
+        raise Wrong(
+            f"strategy is {answer['strategy']!r}, expected one of {choices} (ZeRO-3); there are two GPUs"
+        )
     return {key: answer[key] for key in CHOICES}
 
 

@@ -30,11 +30,14 @@ def check_train_step(answer):
     for step in (1, 2, 3):
         part = slice(8 * step - 8, 8 * step)
         loss, grads = _loss_and_gradients(expected, images[part], labels[part])
+        with_softmax = nn.Sequential(expected, nn.Softmax(1))
+        softmax_grads = _loss_and_gradients(with_softmax, images[part], labels[part])[1]
         start = [p.detach().clone() for p in model.parameters()]
         _descend_(expected, grads)
         returned = answer(model, optimizer, images[part], labels[part])
         moves = [(old - new.detach()) / LEARNING_RATE for old, new in zip(start, model.parameters())]
         _explain_moves(step, model, moves, grads, earlier_grads)
+        _expect_scores(step, moves, softmax_grads)
         for (name, got), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
             _expect_near(got, wanted, f"step {step}: after it {name}")
         _expect_loss(step, returned, loss, _loss_and_gradients(expected, images[part], labels[part])[0])
@@ -112,6 +115,14 @@ def _explain_moves(step, model, moves, grads, earlier_grads):
         raise Wrong(f"step {step} moved 8 times too far, and the batch has 8 images: average the loss")
     if _is_near(got, -wanted):
         raise Wrong(f"step {step} moved up the gradient, expected down")
+
+
+def _expect_scores(step, moves, softmax_grads):
+    if _is_near(_flat(moves), _flat(softmax_grads)):
+        raise Wrong(
+            f"step {step} moved as if the scores had gone through softmax before the loss: F.cross_entropy does "
+            "that itself, so give it the model's scores"
+        )
 
 
 def _expect_loss(step, returned, before, after):
@@ -211,10 +222,22 @@ def _run_accumulation(case, model, images, labels, sizes, answer, argument):
         if parameter.grad is None:
             raise Wrong(f"{case}: {name}.grad is None. Does backward() run, after the clearing?")
     got = _flat([p.grad for p in model.parameters()])
+    if sorted(n for n in seen if n) == sorted(_wrongly_split(images, sizes)):
+        raise Wrong(
+            f"{case}: the forwards saw {seen} images. images.split(k) cuts into pieces of k images, "
+            "images.chunk(k) into k pieces"
+        )
     _explain_gradient(case, model, images, labels, sizes, got, _flat(wanted))
     for (name, parameter), expected in zip(model.named_parameters(), wanted, strict=True):
         _expect_near(parameter.grad, expected, f"{case}: {name}.grad")
     return seen
+
+
+def _wrongly_split(images, sizes):
+    """The sizes that `images.split(parts)` gives, where they differ from those of `images.chunk(parts)`."""
+    parts = len(sizes)
+    got = [len(piece) for piece in images.split(parts)]
+    return got if len(set(sizes)) == 1 and got != list(sizes) else []
 
 
 def _explain_gradient(case, model, images, labels, sizes, got, wanted):

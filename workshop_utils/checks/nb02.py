@@ -63,6 +63,7 @@ def check_ring_reduce_scatter(answer, ranks):
         tensors = (seen.after, inputs[rank], sum(inputs))
         got, before, expected = (tensor.tensor_split(n)[rank] for tensor in tensors)
         _hint_at_new_tensor(seen.returned, rank, got, before, expected)
+        _hint_at_other_chunk(tensors[0].tensor_split(n), tensors[2].tensor_split(n), rank)
         expect_close(got, expected, rank=rank, name=f"chunks[{rank}]", rtol=0, atol=0)
         _expect_budget(seen, rank, inputs[0].nbytes, inputs[0].nbytes - got.nbytes, "(n-1)/n S")
         _expect_one_neighbour(seen, rank, n)
@@ -193,6 +194,16 @@ def _hint_at_new_tensor(new, rank: int, after, before, expected) -> None:
         raise Wrong(
             f"rank {rank}: the right numbers are in a new tensor, but the one you were given still holds "
             f"{before.flatten()[:4].tolist()}, expected {expected.flatten()[:4].tolist()}. Write into it: += or copy_"
+        )
+
+
+def _hint_at_other_chunk(chunks, sums, rank: int) -> None:
+    """The ring ended one place early or late: say which chunk is complete here."""
+    complete = [i for i, (chunk, total) in enumerate(zip(chunks, sums)) if torch.equal(chunk, total)]
+    if complete and rank not in complete and sums[rank].numel():
+        raise Wrong(
+            f"rank {rank}: chunks[{complete[0]}] holds the sum of all ranks here, expected chunks[{rank}]. The steps "
+            "are right, and each of them is about another chunk"
         )
 
 

@@ -228,6 +228,8 @@ def _shards(answer, num_samples: int, n: int, *, epoch: int = 0, seed: int = 0, 
             touched = not torch.equal(torch.get_rng_state(), state)
         if shard is None:
             raise Wrong(f"rank {rank}: you returned None, expected indices. Is a `return` missing?")
+        if isinstance(shard, torch.Tensor):
+            raise Wrong("you returned a tensor, expected a list of numbers: .tolist()")
         shards.append([int(index) for index in shard])
         if touched:
             raise Wrong(

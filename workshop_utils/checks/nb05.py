@@ -196,6 +196,10 @@ def _expect_trainable(case, layer, factors, budget):
 def _expect_start(case, layer, base, A, B, r):
     if not A.any() and not B.any():
         raise Wrong(f"{case}: A and B are both 0, so both gradients are 0 for ever. Draw A at random")
+    if not A.any():
+        raise Wrong(
+            f"{case}: A is 0 and B is random. In LoRA it is the other way round: draw A, and let B be 0"
+        )
     if B.any():
         raise Wrong(f"{case}: B is not 0 at the start, so the new layer does not compute what the base does")
     if torch.linalg.matrix_rank(A.detach()) < r:

@@ -127,6 +127,7 @@ class WatchedStart:
     def begin_step(self) -> None:
         self.backward_is_over.clear()
         self.started: list[tuple[torch.Tensor, bool]] = []  # (tensor, during the backward?)
+        self.changed = False  # is a tensor another one when its turn comes?
         self.jobs: list[Future] = []
         self.sizes: list[list[int]] = []  # of each all-reduce: bytes on each rank
 
@@ -134,12 +135,13 @@ class WatchedStart:
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"start() takes the tensor to all-reduce, got {type(tensor).__name__}")
         self.started.append((tensor, not self.backward_is_over.is_set()))
-        self.jobs.append(self.thread.submit(self._all_reduce, tensor))
+        self.jobs.append(self.thread.submit(self._all_reduce, tensor, tensor.detach().clone()))
         return self.jobs[-1]
 
-    def _all_reduce(self, tensor: torch.Tensor) -> None:
+    def _all_reduce(self, tensor: torch.Tensor, as_started: torch.Tensor) -> None:
         if not self.waited_inside and not self.backward_is_over.wait(WAITED_INSIDE_S):
             self.waited_inside = True
+        self.changed |= not torch.equal(tensor, as_started)
         sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
         sizes[dist.get_rank()] = tensor.nbytes
         ring_all_reduce_(sizes)
@@ -188,6 +190,7 @@ def _seen(model: nn.Module, plain: nn.Module, start: WatchedStart) -> dict:
         "parameters started": [pointers[t.data_ptr()] for t, _ in start.started if t.data_ptr() in pointers],
         "started": [(t.nbytes, early) for t, early in start.started],
         "unfinished": sum(not job.done() for job in start.jobs),
+        "changed": start.changed,
         "sizes": start.sizes,
         "gradients": gradients,
         "local": {name: g.detach().clone() for name, g in local.items()},
@@ -224,6 +227,11 @@ def _expect_step(rank: int, step_seen, are_sizes, what: str, late_is_wrong: bool
     if step_seen["unfinished"]:
         raise Wrong(
             f"rank {rank}: finish() returned before {step_seen['unfinished']} of the all-reduces were done"
+        )
+    if step_seen["changed"]:
+        raise Wrong(
+            f"rank {rank}: you change a tensor after start(tensor), while another thread may be adding it up. Divide "
+            "before it is started, or in finish() after job.result(), and forget the jobs of earlier steps"
         )
     uneven = [(i, sizes) for i, sizes in enumerate(step_seen["sizes"]) if len(set(sizes)) > 1]
     if uneven:

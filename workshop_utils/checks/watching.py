@@ -92,6 +92,7 @@ def watched():
         if hasattr(module, name)
     ]
     patches.append(patch.object(dist.ProcessGroup, "send", _noting(dist.ProcessGroup.send, sent)))
+    patches.append(patch.object(dist.ProcessGroup, "recv", _in_range(dist.ProcessGroup.recv)))
     for p in patches:
         p.start()
     try:
@@ -103,6 +104,7 @@ def watched():
 
 def _noting(original, sent: list):
     def noting(group, tensors, dst, *args):
+        _expect_rank(group, dst, "sends to")
         receiver = dist.get_global_rank(group, dst)
         if receiver == dist.get_rank():
             raise ValueError(f"rank {receiver} sends to itself, in a world of size {dist.get_world_size()}")
@@ -110,6 +112,23 @@ def _noting(original, sent: list):
         return original(group, tensors, dst, *args)
 
     return noting
+
+
+def _in_range(original):
+    def receiving(group, tensors, src, *args):
+        _expect_rank(group, src, "receives from")
+        return original(group, tensors, src, *args)
+
+    return receiving
+
+
+def _expect_rank(group, other: int, does: str) -> None:
+    """gloo would wait for a rank that does not exist until the process is killed."""
+    if not 0 <= other < group.size():
+        raise ValueError(
+            f"rank {dist.get_rank()} {does} rank {other}, but the ranks are 0 to {group.size() - 1}: "
+            "count round with % world size"
+        )
 
 
 def _refusing(name: str):

@@ -17,6 +17,8 @@ PAPER = "#f1f1f4"  # fill of a box that belongs to no rank
 
 STYLE_FILE = Path(__file__).resolve().parent.parent / "workshop.mplstyle"
 
+_enlargement = 1.0  # what `large_fonts` asks for
+
 
 def rank_color(rank: int) -> str:
     """The hex colour of `rank`. From the ninth rank on the colours repeat, so a figure also writes the number."""
@@ -28,6 +30,15 @@ def use_style() -> None:
     import matplotlib.pyplot as plt
 
     plt.style.use(STYLE_FILE)
+    for name in ("figure.dpi", "savefig.dpi"):
+        plt.rcParams[name] *= _enlargement
+
+
+def enlarge(factor: float) -> None:
+    """Draw figures `factor` times as large from now on, letters and lines too, so that nothing overlaps."""
+    global _enlargement
+    _enlargement = factor
+    use_style()
 
 
 def draw_box(

@@ -216,7 +216,7 @@ class Ranks:
         lost = [kernel.rank for kernel in self.kernels if kernel.lost]
         if lost:
             raise RankError(
-                f"rank {', '.join(map(str, lost))} is lost, so nothing can run. ranks.restart() brings it back; "
+                f"{_named(lost)} lost, so nothing can run. ranks.restart() starts anew what is lost; "
                 "the other ranks keep their variables.",
                 rank=lost[0],
             )
@@ -231,7 +231,7 @@ class Ranks:
         self._group_is_broken = self._group_is_broken or run.group_is_broken()
         if lost:
             error.add(
-                f"Lost, with its variables: rank {', '.join(map(str, lost))}. ranks.restart() brings it back."
+                f"{_named(lost)} lost, and so are the variables there. ranks.restart() starts anew what is lost."
             )
         elif self._group_is_broken:
             stale = self._form_group()
@@ -241,6 +241,11 @@ class Ranks:
         if run.failure.kind == "interrupt":
             raise RanksInterrupted(error.message)
         raise error
+
+
+def _named(ranks: list[int]) -> str:
+    """The words "rank 2 is", or "ranks 0, 1 are", for a message."""
+    return f"ranks {', '.join(map(str, ranks))} are" if len(ranks) > 1 else f"rank {ranks[0]} is"
 
 
 def _end_all(kernels: list[RankKernel]) -> None:
