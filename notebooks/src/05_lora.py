@@ -1004,9 +1004,11 @@ def peft_files(layers, r, lora_alpha, base_model_name_or_path):
 check("5.5", peft_files)
 
 # %% tags=["nbval-ignore-output"]
+import logging
 import tempfile
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would suggest a package that we do not need
 import peft
 from safetensors.torch import save_file
 
