@@ -5,6 +5,7 @@ Shape letters: W is [out, in], A is [r, in], B is [out, r].
 
 import copy
 import json
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -108,6 +109,9 @@ def measured_bill(model):
 
 def output_with_peft(base, config, tensors):
     """What PEFT computes for ones, from files that it reads."""
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it would suggest a package that we do not need
     from peft import PeftModel
     from safetensors.torch import save_file
 
