@@ -373,7 +373,7 @@ compare_guess("trained with r = 1", bills[1]["trainable"])
 # **3 min.**
 #
 # - *Say*: each method has its own learning rate, searched for it. LoRA wants three to ten times the rate.
-# - *Ask*: the smallest r within one point on "8 or 9?"; then run. The training takes about a minute: talk over it.
+# - *Ask*: the smallest r within one point on "8 or 9?"; then run. The training takes a while: talk over it.
 # - *Say*: LoRA loses a little on "even or odd?". Ask: is it the rank, or the time? The recorded figure answers.
 
 # %% [markdown]
