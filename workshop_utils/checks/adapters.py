@@ -109,9 +109,8 @@ def measured_bill(model):
 
 def output_with_peft(base, config, tensors):
     """What PEFT computes for ones, from files that it reads."""
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it would suggest a package that we do not need
+    # PEFT imports it, and on some processors it suggests a package that we do not need
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
     from safetensors.torch import save_file
 
