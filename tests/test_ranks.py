@@ -155,6 +155,14 @@ def test_waiting_for_a_rank_that_has_left_is_a_deadlock(ranks):
     assert "in barrier, line 2" in str(fails(ranks, "if rank:\n    dist.barrier()"))
 
 
+def test_a_report_names_the_readers_lines_and_nobody_elses(ranks):
+    error = fails(ranks, "import threading\nthreading.Event().wait(60)", deadline_s=1.0)
+    assert "rank 0: waiting for a thread, line 2: threading.Event().wait(60)" in str(error)
+    with pytest.raises(RankError) as caught:  # dist.recv itself: no line of the reader's is running
+        ranks.run(torch.distributed.recv, torch.empty(1), 3, timeout_s=1.0)
+    assert "rank 0: waiting" in str(caught.value) and "outside your function" in str(caught.value)
+
+
 def test_a_slow_peer_is_not_a_deadlock(ranks):
     ranks.run_cell("import time\nif rank == 0:\n    time.sleep(4)\ndist.all_reduce(x)")
 

@@ -24,6 +24,23 @@ needs_marp = [
 ]
 
 
+NOTES = "\n<!--\n1 min. Say it.\n-->\n"
+GOOD = f"# Good\n\nShort.\n{NOTES}"
+BAD = [
+    (
+        "# Too much\n\n" + "A sentence that is here to fill the slide.\n\n" * 20 + NOTES,
+        "slide {number}, 'Too much': needs",
+    ),
+    ("# Broad\n\n```\n" + "wide " * 60 + f"\n```\n{NOTES}", "slide {number}, 'Broad': needs"),
+    (
+        f"# Broken\n\n![a figure](broken.svg)\n{NOTES}",
+        "slide {number}, 'Broken': a figure is not loaded: a figure",
+    ),
+    ("# Silent\n\nNo notes here.\n", 'slide {number}: no notes that begin with "N min."'),
+    (f"# Calls\n\n![far](https://192.0.2.1/a.png)\n{NOTES}", "asks the network for https://192.0.2.1/a.png"),
+]
+
+
 @pytest.fixture(scope="module")
 def made():
     return subprocess.run(
@@ -58,27 +75,25 @@ class TestMade:
             assert "../build/figures" not in html and 'src="http' not in html
             assert (build.OUT / f"{deck.stem}.pdf").read_bytes().startswith(b"%PDF")
 
-    @pytest.mark.parametrize(
-        ("slide", "complaint"),
-        [
-            (
-                "# Too much\n\n" + "A sentence that is here to fill the slide.\n\n" * 20,
-                "slide 2, 'Too much': ",
-            ),
-            ("# Broad\n\n```\n" + "wide " * 60 + "\n```\n", "is wider than its box"),
-            ("# Broken\n\n![a figure](broken.svg)\n", "a figure is not loaded: a figure"),
-            ("# Silent\n\nNo notes here.\n", "Marp found notes on 1 of 2 slides"),
-            ("# Calls\n\n![far](https://192.0.2.1/a.png)\n\n<!--\n1 min. No.\n-->\n", "asks the network for"),
-        ],
-    )
-    def test_a_bad_slide_is_named(self, chromium, tmp_path, slide, complaint):
-        good = "# Good\n\nShort.\n\n<!--\n1 min. Say it.\n-->\n"
-        deck = tmp_path / "bad.md"
-        deck.write_text(f"---\nmarp: true\ntheme: workshop\nminutes: 2\n---\n\n{good}\n---\n\n{slide}")
-        (tmp_path / "broken.svg").write_text("<svg")
-        problems = build.check_deck(deck, build.make_html(deck, tmp_path), chromium)
-        assert any(complaint in problem for problem in problems), problems
-        assert not any("slide 1," in problem for problem in problems)
+    def test_each_bad_slide_is_named(self, chromium, tmp_path):
+        problems = self.problems_of(chromium, tmp_path, GOOD, *(slide for slide, _ in BAD))
+        for number, (_, complaint) in enumerate(BAD, start=2):
+            assert any(complaint.format(number=number) in problem for problem in problems), (
+                complaint,
+                problems,
+            )
+        assert not any("slide 1," in problem for problem in problems), problems
+
+    def test_a_good_slide_passes(self, chromium, tmp_path):
+        assert self.problems_of(chromium, tmp_path, GOOD, GOOD) == []
+
+    def problems_of(self, chromium, folder, *slides):
+        deck = folder / "deck.md"
+        deck.write_text(
+            f"---\nmarp: true\ntheme: workshop\nminutes: {len(slides)}\n---\n\n" + "\n---\n\n".join(slides)
+        )
+        (folder / "broken.svg").write_text("<svg")
+        return build.check_deck(deck, build.make_html(deck, folder), chromium)
 
 
 def test_a_figure_that_is_not_there_is_named(tmp_path):

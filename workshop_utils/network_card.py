@@ -57,7 +57,8 @@ class NetworkCard:
         self._read_inbox()
         if number >= len(self.announced[key]):
             raise RuntimeError(
-                f"rank {key[0]} sent this message outside emulate_link: enter it on both sides"
+                f"rank {key[0]} sent this message outside emulate_link (enter it on both sides), or with "
+                "torch.distributed's own send (use send or isend of workshop_utils.point_to_point)"
             )
         message = self.announced[key][number]
         _sleep_until(message.arrives_s)

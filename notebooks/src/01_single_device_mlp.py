@@ -179,8 +179,7 @@ plt.show()
 # **5 min.**
 #
 # - *Room*: 1.2 is theirs, 4 minutes. Who multiplies by 4 hears `bfloat16: parameters is 796,840, expected 398,420`.
-# - *Break it*: write the formula 4 + 4 + 8 for every parameter. `a frozen layer: gradients is 159,440, expected
-#   2,440`.
+# - *Break it*: write the formula 4 + 4 + 8 for every parameter. `before any step: gradients is 796,840, expected 0`.
 # - *Ask*: activations in units of the parameters' bytes? Most say far below 1; it is 1.54 at a batch of 256.
 # - *Say*: parameters, gradients, moments follow the model; activations follow the batch. The next figure shows it.
 

@@ -474,7 +474,7 @@ check("2.2", tree_broadcast_)
 # - *Type*: `ring_all_gather_` live, one line at a time, with the finger on the figure. Then 2.3 is theirs, 7 minutes.
 # - *Break it*: in 2.3 write `chunks[i] = received + ...`: `the right numbers are in a new tensor`. In place means
 #   into the chunk.
-# - *Break it*: off by one in the chunk: `With world size 2: rank 0: chunks[0] is ...`. Draw n = 2 and count.
+# - *Break it*: off by one in the chunk: `rank 0: chunks[1] holds the sum ..., expected chunks[0]`. Draw n = 2 and count.
 # - *Room*: 2.4, 8 minutes, or skip it: `mine` has it. The trap is a tensor that is not contiguous.
 
 # %% [markdown]

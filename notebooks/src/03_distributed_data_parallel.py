@@ -666,8 +666,8 @@ for name, settings in (rows | {"batch norm": (sgd, True, 1)}).items():
 # ### Exercise 3.5 · A share of a permutation  (★★, 4 min)
 #
 # `shard_indices` says which samples a rank takes in an epoch. All ranks cut *the same* random permutation, which depends
-# on `seed` and `epoch` only, not on torch's global random numbers. All get equally many, ⌈N/n⌉. If that is more than there are, the permutation is continued
-# with itself, from its beginning.
+# on `seed` and `epoch` only, not on torch's global random numbers. All get equally many, ⌈N/n⌉: rank r takes entries r,
+# r + n, r + 2n, … of it. If it has not so many, it is continued with itself, from its beginning.
 
 # %% [markdown] tags=["hints-3.5"]
 # 1. torch's global random numbers differ between ranks, and should: dropout needs it. Make a generator for the purpose.

@@ -373,7 +373,7 @@ compare_guess("trained with r = 1", bills[1]["trainable"])
 # **3 min.**
 #
 # - *Say*: each method has its own learning rate, searched for it. LoRA wants three to ten times the rate.
-# - *Ask*: the smallest r within one point on "8 or 9?"; then run. The training takes about a minute: talk over it.
+# - *Ask*: the smallest r within one point on "8 or 9?"; then run. The training takes a while: talk over it.
 # - *Say*: LoRA loses a little on "even or odd?". Ask: is it the rank, or the time? The recorded figure answers.
 
 # %% [markdown]
@@ -1004,9 +1004,11 @@ def peft_files(layers, r, lora_alpha, base_model_name_or_path):
 check("5.5", peft_files)
 
 # %% tags=["nbval-ignore-output"]
+import logging
 import tempfile
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would suggest a package that we do not need
 import peft
 from safetensors.torch import save_file
 

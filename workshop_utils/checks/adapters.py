@@ -5,6 +5,7 @@ Shape letters: W is [out, in], A is [r, in], B is [out, r].
 
 import copy
 import json
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -108,6 +109,8 @@ def measured_bill(model):
 
 def output_with_peft(base, config, tensors):
     """What PEFT computes for ones, from files that it reads."""
+    # PEFT imports it, and on some processors it suggests a package that we do not need
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
     from safetensors.torch import save_file
 

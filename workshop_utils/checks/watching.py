@@ -126,8 +126,8 @@ def _expect_rank(group, other: int, does: str) -> None:
     """gloo would wait for a rank that does not exist until the process is killed."""
     if not 0 <= other < group.size():
         raise ValueError(
-            f"rank {dist.get_rank()} {does} rank {other}, but the ranks are 0 to {group.size() - 1}: "
-            "count round with % world size"
+            f"rank {dist.get_rank()} {does} rank {other}, but the ranks are 0 to {group.size() - 1}: in a ring "
+            "count round with % n, in a tree leave out a partner that is not there"
         )
 
 

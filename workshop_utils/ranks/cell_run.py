@@ -194,7 +194,7 @@ class CellRun:
             return "between two cells"
         spot = self._spot(where)
         if not where["waits"]:
-            return f"computing{spot}"
+            return f"waiting for a thread{spot}" if where["for_a_thread"] else f"computing{spot}"
         peer = f" ({where['peer']})" if where.get("peer") else ""
         since = f" for {where['waited_s']:.1f} s" if where["waited_s"] >= 0.05 else ""
         return f"waiting{since} in {where['call']}{peer}{spot}"
@@ -207,6 +207,8 @@ class CellRun:
         code = where["code"] or linecache.getline(file, line).strip()
         if in_a_cell and not code and line <= len(self.source):
             code = self.source[line - 1].strip()
+        if in_a_cell and "_process.call(" in code:  # what `ranks.run` sends
+            return ", outside your function"
         return (
             f", line {line}" + ("" if in_a_cell else f" of {Path(file).name}") + (f": {code}" if code else "")
         )

@@ -26,6 +26,7 @@ TICK_S = 0.1
 # Work that takes more than this share of a core counts as progress; a blocked collective takes none.
 BUSY_SHARE = 0.10
 _PACKAGE = str(Path(__file__).resolve().parent.parent) + os.sep
+_STANDARD_LIBRARY = os.path.dirname(threading.__file__) + os.sep
 _WAITING_PLACES = tuple(
     os.path.join("torch", *p) for p in (("distributed",), ("autograd",), ("nn", "parallel"))
 )
@@ -101,10 +102,11 @@ class Monitor(threading.Thread):
     def where(self) -> dict:
         """Where the main thread is: the reader's line, and the torch call it waits in, if it waits in one."""
         frame, at_work = self._frames()
-        if not self.busy or frame is None:
+        if not self.busy or frame is None or _writes_a_traceback(frame):
             return {"busy": False}
         waits = _waits(at_work)
         found = {"busy": True, "waits": waits, "waited_s": time.monotonic() - self._since if waits else 0.0}
+        found["for_a_thread"] = frame.f_code.co_filename == threading.__file__
         return found | _reader_line(frame)
 
     def _end_with_the_notebook(self) -> None:
@@ -190,7 +192,15 @@ def _source_line(file: str, line: int) -> str:
 
 
 def _is_machinery(file: str) -> bool:
-    return f"{os.sep}torch{os.sep}" in file or file.startswith(_PACKAGE) or file.endswith("contextlib.py")
+    standard = file.startswith(_STANDARD_LIBRARY) and f"-packages{os.sep}" not in file
+    return standard or f"{os.sep}torch{os.sep}" in file or file.startswith(_PACKAGE)
+
+
+def _writes_a_traceback(frame) -> bool:
+    """Is IPython at it? Then the cell has failed already, and where the rank is says nothing about the reader's code."""
+    while frame is not None and frame.f_code.co_name != "showtraceback":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _peer(frame) -> str:

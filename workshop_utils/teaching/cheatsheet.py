@@ -174,7 +174,7 @@ def write_pdf(path: Path) -> None:
     if browser_path is None:
         raise RuntimeError(f"no browser to print with: install one of {', '.join(names)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    title = "<h1>Distributed training and efficient fine-tuning: a cheat sheet</h1>"
+    title = "<h1 class=on-paper>Distributed training and efficient fine-tuning: a cheat sheet</h1>"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page()
@@ -183,19 +183,21 @@ def write_pdf(path: Path) -> None:
         browser.close()
 
 
+# JupyterLab has rules of its own for tables in outputs, hence `!important`
 STYLE = """
-.cheat-sheet, h1 { font-family: "DejaVu Sans", Verdana, sans-serif; }
-h1 { font-size: 17px; margin: 0 0 10px; }
-.cheat-sheet { font-size: 11px; line-height: 1.45; max-width: 1000px; }
-.cheat-sheet h2 { font-size: 14px; margin: 16px 0 3px; }
+.cheat-sheet, h1.on-paper { font-family: "DejaVu Sans", Verdana, sans-serif; }
+h1.on-paper { font-size: 17px; margin: 0 0 10px; }
+.cheat-sheet { font-size: 0.8em; line-height: 1.45; max-width: 70em; }
+.cheat-sheet h2 { font-size: 1.27em; font-weight: bold; margin: 16px 0 3px; }
 .cheat-sheet p { margin: 0 0 5px; }
 .cheat-sheet ul { margin: 0; padding-left: 14px; }
 .cheat-sheet li { margin-bottom: 3px; }
-.cheat-sheet table { border-collapse: collapse; font-size: 94%; width: 100%; margin: 0; }
-.cheat-sheet th, .cheat-sheet td { padding: 3px 6px 3px 0; text-align: left; border-bottom: 1px solid #8a8a9466; }
-.cheat-sheet td + td { white-space: nowrap; }
-.cheat-sheet .number { text-align: right; white-space: nowrap; }
+.cheat-sheet table { border-collapse: collapse; font-size: 94%; width: 100%; margin: 0; table-layout: auto !important; }
+.cheat-sheet th, .cheat-sheet td { padding: 3px 6px 3px 0; border-bottom: 1px solid #8a8a9466; }
+.cheat-sheet th, .cheat-sheet td { text-align: left !important; }
+.cheat-sheet .number { text-align: right !important; white-space: nowrap; }
 .cheat-sheet .columns { display: grid; grid-template-columns: 3fr 2fr; gap: 0 24px; }
+@media print { body { font-size: 13.75px; } .cheat-sheet td + td { white-space: nowrap; } }
 """
 
 

@@ -19,7 +19,7 @@ LAB_SIZES_PX = {
     "--jp-ui-font-size1": 13,  # tables
     "--jp-widgets-font-size": 13,
     "--jp-widgets-inline-height": 28,
-    "--jp-widgets-inline-label-width": 80,
+    "--jp-widgets-inline-label-width": 100,
     "--jp-widgets-inline-width": 300,
     "--jp-widgets-slider-handle-size": 16,
 }
