@@ -2,10 +2,6 @@
 
 import copy
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -491,67 +487,3 @@ def test_other_mistakes_are_named():
     broken.fc2.weight.data[3, 1] = float("nan")
     with pytest.raises(ValueError, match=r"fc2: .* NaN or infinite, the first at index 151"):
         apply_qlora(broken, "all-linear", 4, 8)
-
-
-# ----------------------------------------------------------------------------- sharded
-
-
-SHARDED = """
-import copy, os, sys, torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from tests.test_qlora import random_adapter, small_llama
-from workshop_utils.lora import lora_parameters
-from workshop_utils.qlora import apply_qlora
-
-dist.init_process_group("gloo")
-rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
-for param_dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.01)):
-    model = random_adapter(apply_qlora(small_llama(), "all-linear", 4, 8), std=0.1)
-    for parameter in lora_parameters(model):
-        dist.broadcast(parameter.data, 0)
-    alone = copy.deepcopy(model)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    ids = torch.randint(96, (4, 8), generator=torch.Generator().manual_seed(1))
-    losses = []
-    for m, share in ((model, ids[rank::2]), (alone, ids)):
-        optimizer = torch.optim.AdamW(lora_parameters(m), lr=1e-2)
-        for _ in range(3):
-            loss = m(input_ids=share, labels=share).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-    together = torch.stack(losses[:3])
-    dist.all_reduce(together)
-    assert torch.allclose(together / 2, torch.stack(losses[3:]), atol=tolerance), (together / 2, losses[3:])
-    whole = dict(alone.named_parameters())
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local()
-        assert local.numel() <= whole[name].numel() // 2 + 64 * 64, name
-        if parameter.dtype == torch.uint8:
-            assert torch.equal(parameter.full_tensor(), whole[name]), name
-print("same", flush=True)
-os._exit(0)
-"""
-
-
-@pytest.mark.slow
-def test_fully_shard_shards_it_and_changes_no_bit():
-    """Bytes beside float32 in one unit; a mixed-precision policy casts adapters, and no codes and no scales."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("--no-python", sys.executable, "-c", SHARDED),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
-    assert done.returncode == 0 and done.stdout.count("same") == 2, done.stderr[-3000:]
