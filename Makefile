@@ -102,5 +102,5 @@ lock: setup  ## resolve requirements.lock anew (no addresses; CUDA packages come
 	@rm build/requirements.all
 
 clean:  ## remove .venv, build/ and caches (downloaded packages stay in uv's cache)
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache notebooks/instructor
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache notebooks/instructor slides/node_modules
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,5 +1,7 @@
-"""Every notebook, executed: solutions by papermill and nbval, learner versions unsolved by nbval.
+"""Every notebook, executed: solutions by papermill and nbval, learner versions unsolved, as a reader's "Run All".
 
+The learner versions are run once. Where there is a browser, that run is the one in JupyterLab (tests/browser), which also
+sees what nbval does not: menus, widgets, output that is shown. Where there is none, nbval runs them here.
 nbval compares outputs only in cells tagged nbval-check-output (lax); in all others an exception is a failure.
 """
 
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import papermill
 import pytest
+
+from chromium import TESTED_IN_BROWSER
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 STEMS = sorted(source.stem for source in (NOTEBOOKS / "src").glob("[0-9][0-9]_*.py"))
@@ -36,6 +40,7 @@ def test_solution_runs(stem, tmp_path, monkeypatch):
 
 
 @each_notebook
+@pytest.mark.skipif(TESTED_IN_BROWSER, reason="tests/browser runs the learner versions, in JupyterLab")
 def test_learner_version_runs_unsolved(stem, tmp_path):
     nbval(NOTEBOOKS / f"{stem}.ipynb", tmp_path)
 

@@ -9,9 +9,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import FancyArrowPatch
 
+from workshop_utils.network import ALL_REDUCE_S, LINKS, Link
 from workshop_utils.plotting import PAPER, rank_color, use_style
 from workshop_utils.plotting.all_reduce import (
     all_reduce_step_figure,
@@ -19,7 +21,14 @@ from workshop_utils.plotting.all_reduce import (
     plot_all_reduce_steps,
     plot_collective,
 )
-from workshop_utils.plotting.costs import plot_multihost, plot_predicted_measured, plot_seconds
+from workshop_utils.plotting.costs import (
+    ALGORITHM_STYLES,
+    fastest_figure,
+    plot_fastest,
+    plot_multihost,
+    plot_predicted_measured,
+    plot_seconds,
+)
 from workshop_utils.schedules import ALGORITHMS, simulate
 
 
@@ -54,8 +63,8 @@ def overlapping_texts(figure) -> list[tuple[str, str]]:
 
 def shown_slots(figure) -> list[str]:
     """The colours of all slots, rank by rank, chunk by chunk, source by source."""
-    (ax,) = figure.axes
-    return [to_hex(color) for collection in ax.collections for color in collection.get_facecolors()]
+    ax = figure.axes[0]
+    return [to_hex(color) for color in ax.collections[0].get_facecolors()]
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 5])
@@ -91,7 +100,23 @@ def test_a_message_is_an_arrow_per_chunk(algorithm, world_size):
 def test_bytes_so_far_stand_under_each_rank():
     figure = all_reduce_step_figure("ring", 4, 2)
     texts = [t.get_text() for t in figure.axes[0].texts]
-    assert texts.count("sent 0.50 S") == texts.count("got 0.50 S") == 4
+    assert texts.count("sent 0.50 S\ngot 0.50 S") == 4
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_clock_ends_with_the_formulas_time(algorithm):
+    link = Link(1e-3, 1e6)
+    figure = all_reduce_step_figure(algorithm, 6, 2, 5e5, link)
+    clock = figure.axes[1]
+    boxes = [(box.get_x(), box.get_width()) for box in clock.patches]
+    assert len(boxes) == len(simulate(algorithm, 6)) - 1
+    total_s = ALL_REDUCE_S[algorithm](5e5, 6, link)
+    assert sum(boxes[-1]) == pytest.approx(total_s)
+    assert clock.get_xlim()[1] == pytest.approx(ALL_REDUCE_S["naive"](5e5, 6, link))  # one scale for all four
+    spent_ms = 1e3 * sum(boxes[1])
+    assert f"= {spent_ms:.0f} of {1e3 * total_s:.0f} ms" in clock.texts[0].get_text()
+    sent_MB = 0.5 * float(sum(simulate(algorithm, 6)[2].sent))
+    assert f"have sent {sent_MB:.0f} MB" in clock.texts[2].get_text()
 
 
 @pytest.mark.parametrize(
@@ -141,6 +166,33 @@ def test_seconds_against_bytes():
     ]
     line, points = ax.lines[1], ax.lines[2]
     assert line.get_color() is points.get_color() or np.allclose(line.get_color(), points.get_color())
+
+
+@pytest.mark.parametrize("link", ["100 Mb/s Ethernet", "10 Gb/s Ethernet", "NVLink 5"])
+@pytest.mark.parametrize("world_size", [2, 3, 48, 64, 1024])
+def test_the_bands_name_the_fastest_of_each_size(world_size, link):
+    figure = fastest_figure(world_size, link, 100_000)
+    FigureCanvasAgg(figure)
+    assert overlapping_texts(figure) == []
+    bands = figure.axes[1]
+    for size in (1.5e3, 4e4, 7e6, 8e8):
+        for row, names in enumerate((list(ALL_REDUCE_S), ["naive", "tree", "ring"])):
+            times_s = {name: ALL_REDUCE_S[name](size, world_size, LINKS[link]) for name in names}
+            (color,) = {
+                to_hex(band.get_facecolor())
+                for band in bands.patches
+                if band.get_y() == row and band.get_x() <= size < band.get_x() + band.get_width()
+            }
+            best = [name for name, time_s in times_s.items() if time_s <= 1.06 * min(times_s.values())]
+            assert color in [ALGORITHM_STYLES[name][0] for name in best], (size, names)
+
+
+def test_the_legend_ranks_the_algorithms_at_the_chosen_size():
+    figure = plot_fastest(64, "10 Gb/s Ethernet", 100_000_000)
+    assert overlapping_texts(figure) == []
+    names = [text.get_text().split("  ")[1] for text in figure.axes[0].get_legend().get_texts()]
+    times_s = {name: cost(1e8, 64, LINKS["10 Gb/s Ethernet"]) for name, cost in ALL_REDUCE_S.items()}
+    assert names == sorted(times_s, key=times_s.get)
 
 
 def test_predicted_beside_measured():

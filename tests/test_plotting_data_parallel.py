@@ -5,12 +5,16 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from test_plotting_all_reduce import overlapping_texts
 from workshop_utils.plotting import rank_color, use_style
 from workshop_utils.plotting.data_parallel import (
+    bucket_timeline_figure,
+    describe_bucket_timeline,
+    plot_bucket_timeline,
     plot_links,
     plot_losses,
     plot_scaling,
@@ -49,6 +53,33 @@ def test_a_timeline_has_every_span_of_every_rank(world_size):
     first = next(patch for patch in on.patches if patch.get_hatch())
     assert first.get_x() == pytest.approx(60) and first.get_width() == pytest.approx(20)  # ms
     assert off.get_xlim() == on.get_xlim()
+
+
+@pytest.mark.parametrize("shown", [("off",), ("on",), ("off", "on")])
+@pytest.mark.parametrize("link", ["100 Mb/s Ethernet", "1 Gb/s Ethernet", "NVLink 5"])
+def test_a_predicted_step_has_a_panel_for_each_way(link, shown):
+    figure = bucket_timeline_figure(0.075, link, 4, 1, shown)
+    FigureCanvasAgg(figure)
+    assert overlapping_texts(figure) == []
+    assert len(figure.axes) == len(shown)
+    for ax, way in zip(figure.axes, shown):
+        assert ax.get_title(loc="left").startswith(f"overlap {way}: ")
+        bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+        assert len(bars) == 2 + 16  # forward, backward, and each gradient alone
+        assert max(bar.get_x() + bar.get_width() for bar in bars) < ax.get_xlim()[1]
+
+
+def test_the_prediction_stands_beside_the_measurement():
+    figure = plot_bucket_timeline(
+        0.075, "1 Gb/s Ethernet", measured_s={"off": 0.207, "on": 0.194, "alone": 0.075}
+    )
+    assert overlapping_texts(figure) == []
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [
+        "overlap off: 178 ms (measured: 207 ms)",
+        "overlap on: 136 ms (measured: 194 ms)",
+    ]
+    words = describe_bucket_timeline(0.075, "1 Gb/s Ethernet", 4, 2**20)
+    assert words.startswith("8 buckets, 103 ms of sending beside 75 ms of computing.") and "= 1.31." in words
 
 
 def test_a_bucket_too_short_for_its_number_has_none():

@@ -13,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_plotting_all_reduce import overlapping_texts
 from workshop_utils.memory import zero_bytes
 from workshop_utils.plotting import rank_color, use_style
+from workshop_utils.plotting.costs import bytes_label
 from workshop_utils.plotting.fully_sharded import (
+    describe_memory_bill,
     memory_bill_figure,
     plot_communication_share,
     plot_live_bytes,
@@ -52,6 +54,35 @@ def test_the_bill_of_the_paper():
     assert totals == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
     with pytest.raises(ValueError, match="stage must be 0"):
         zero_bytes(4, 1, 1)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16-mixed")])
+def test_the_chosen_stage_has_its_parts_in_the_legend(stage, precision):
+    figure = memory_bill_figure(7_500_000_000, 64, stage, precision)
+    FigureCanvasAgg(figure)
+    assert overlapping_texts(figure) == []
+    bill = zero_bytes(stage, 7_500_000_000, 64, precision)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [f"{kind} {bytes_label(size)}" for kind, size in bill.items()]
+    (frame,) = [p for p in figure.axes[0].patches if not p.get_fill()]
+    assert frame.get_width() == pytest.approx(sum(bill.values()))
+
+
+def test_precisions_divide_their_bytes_differently():
+    assert list(zero_bytes(1, 100, 4, "fp32").values()) == [400, 400, 200]
+    assert list(zero_bytes(2, 100, 4, "bf16").values()) == [200, 50, 100]
+    with pytest.raises(ValueError, match="unknown precision 'fp8': choose one of bf16-mixed, fp32, bf16"):
+        zero_bytes(1, 1, 1, "fp8")
+
+
+def test_the_words_say_from_how_many_ranks_on_it_fits():
+    for stage in (1, 2, 3):  # exercise 4.1's 15 billion
+        words = describe_memory_bill(15_000_000_000, 2, stage, "bf16-mixed")
+        fits = [n for n in range(1, 99) if sum(zero_bytes(stage, 15 * 10**9, n).values()) <= 80e9]
+        assert f"enough from {fits[0]} on" in words
+    assert "No number of 80 GB devices" in describe_memory_bill(70_000_000_000, 64, 2, "bf16-mixed")
+    assert "enough from 1 on" in describe_memory_bill(199_210, 64, 0, "fp32")
+    assert "No number" in describe_memory_bill(7_500_000_000, 64, 0, "bf16-mixed")
 
 
 def test_live_bytes_have_a_row_for_each_rank_in_its_colour():

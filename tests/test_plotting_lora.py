@@ -126,3 +126,24 @@ def test_directions_are_turned_alike():
     assert overlapping_texts(figure) == []
     first, second = (ax.images[0].get_array() for ax in figure.axes)
     assert first.shape == (28, 28) and (first == second).all()
+
+
+@pytest.mark.parametrize("r", [1, 8, 64, 200])
+def test_a_rank_shows_what_it_keeps_and_what_it_costs(r):
+    full = [8 / k for k in range(1, 201)]
+    values = {"full": full, 8: [7.0, 2.0, *[0.0] * 198]}
+    figure = lora.plot_rank(values, 784, 200, r)
+    assert overlapping_texts(figure) == []
+    left, right = figure.axes
+    kept = next(line for line in left.lines if str(line.get_label()).startswith("full"))
+    assert kept.get_ydata().tolist() == full[:r]
+    trained = [line for line in left.lines if str(line.get_label()).startswith("LoRA")]
+    assert [line.get_ydata().tolist() for line in trained] == (
+        [[7.0, 2.0]] if r == 8 else []
+    )  # zeros have no place
+    assert [bar.get_height() for bar in right.patches] == [156_800, r * 984]
+    share = sum(size**2 for size in full[:r]) / sum(size**2 for size in full)
+    assert left.get_title(loc="left") == f"r = {r}: {share:.0%} of the full update, in squares"
+    words = lora.describe_rank(values, 784, 200, r)
+    assert f"= {r * 984:,} numbers" in words and f"more than {share:.0%}" in words
+    assert ("strongest 2 directions hold 100%" in words) == (r == 8)

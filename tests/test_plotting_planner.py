@@ -110,18 +110,3 @@ def test_the_widget_follows_its_controls():
     assert sorted(times_s)[len(times_s) // 2] < 1.0, (
         times_s
     )  # 0.15 s idle; a redraw must not become something else
-
-
-def test_images_have_their_own_length():
-    controls, _, _ = controls_of(planner("vit-l"))
-    assert controls["length"].disabled
-    controls["model"].value = "llama-1b"
-    assert not controls["length"].disabled
-
-
-def test_what_the_widget_cannot_show():
-    for arguments in (("llama-9b",), ("smollm2", "dora"), ("smollm2", "lora", 3)):
-        with pytest.raises(
-            ValueError, match="model must be one of smollm2, .* method one of full, lora, qlora"
-        ):
-            planner(*arguments)

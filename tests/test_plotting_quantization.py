@@ -1,6 +1,5 @@
 """The figures of notebook 07 show what they are given, and no label lies on another; the explorer redraws them."""
 
-import io
 import itertools
 
 import matplotlib
@@ -15,7 +14,6 @@ from matplotlib.colors import to_rgb
 
 from test_plotting_all_reduce import overlapping_texts
 from workshop_utils.plotting import RANK_COLORS, quantization, use_style
-from workshop_utils.widgets import BLOCK_SIZES, quantization_explorer
 
 
 @pytest.fixture(autouse=True)
@@ -134,24 +132,3 @@ def test_bills_are_stacked_and_summed():
     assert [text.get_text() for text in ax.texts] == ["2,152 MB", "296 MB"]
     ends = [patch.get_x() + patch.get_width() for patch in ax.patches]
     assert max(ends) == pytest.approx(2152)
-
-
-def test_the_explorer_shows_what_the_plot_function_draws():
-    formats, sizes, outliers, picture = quantization_explorer().children
-    assert (formats.value, sizes.value, outliers.value) == ("NF4", 64, 20)
-    assert list(sizes.options) == BLOCK_SIZES
-    seen = [picture.value]
-    for control, value in ((formats, "int4"), (sizes, 4096), (outliers, 0)):
-        control.value = value
-        seen.append(picture.value)
-    assert len(set(seen)) == 4
-    buffer = io.BytesIO()
-    quantization.quantization_figure("int4", 4096, 0).savefig(buffer, format="png", dpi=90)
-    shown, drawn = (matplotlib.image.imread(io.BytesIO(png)) for png in (picture.value, buffer.getvalue()))
-    np.testing.assert_array_equal(shown, drawn)
-    assert plt.get_fignums() == []  # a widget leaves no figure behind in pyplot
-
-
-def test_the_explorer_says_what_can_be_chosen():
-    with pytest.raises(ValueError, match=r"choose one of int4, FP4, NF4, .* got 'NF5', 64 and 20"):
-        quantization_explorer("NF5")

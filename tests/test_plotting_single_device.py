@@ -14,6 +14,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from workshop_utils.models import MLP
 from workshop_utils.plotting import RANK_COLORS, STYLE_FILE, rank_color, use_style
 from workshop_utils.plotting import single_device as figures
+from workshop_utils.plotting.costs import ALGORITHM_STYLES
+from workshop_utils.plotting.lora import ADAPTER, FULL
+from workshop_utils.plotting.planner import PLAN_COLORS
+from workshop_utils.plotting.quantization import FORMATS
+from workshop_utils.plotting.single_device import KIND_COLORS
+from workshop_utils.plotting.subspace import LINE_COLORS, OURS, THEIRS
 
 
 @pytest.fixture(autouse=True)
@@ -101,13 +107,27 @@ TO_LAB = [
 ]
 
 
+# What a widget tells apart by colour. Smaller distances are for colours that touch in no picture but for one border.
+PALETTES = {
+    "ranks": (RANK_COLORS, 0.09),
+    "all-reduces": ([color for color, _ in ALGORITHM_STYLES.values()], 0.09),
+    "memory bill": ([KIND_COLORS[kind] for kind in ("parameters", "gradients", "optimizer")], 0.09),
+    "LoRA and full": ((FULL, ADAPTER), 0.09),
+    "formats": ([style["color"] for style in FORMATS.values()], 0.09),
+    "dimension curve": ((OURS, THEIRS, *LINE_COLORS.values()), 0.06),
+    "planner": (list(PLAN_COLORS.values()), 0.07),
+}
+
+
+@pytest.mark.parametrize("palette", PALETTES)
 @pytest.mark.parametrize("sight", MACHADO)
-def test_rank_colors_stay_apart_for_every_sight(sight):
-    srgb = torch.tensor([matplotlib.colors.to_rgb(color) for color in RANK_COLORS])
+def test_colors_stay_apart_for_every_sight(sight, palette):
+    colors, least = PALETTES[palette]
+    srgb = torch.tensor([matplotlib.colors.to_rgb(color) for color in colors])
     linear = torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     seen = (linear @ torch.tensor(MACHADO[sight]).T).clamp(0, 1)
     lab = (seen @ torch.tensor(TO_LMS).T).pow(1 / 3) @ torch.tensor(TO_LAB).T
-    assert torch.pdist(lab).min() > 0.09  # Oklab; a just noticeable difference is about 0.02
+    assert torch.pdist(lab).min() > least  # Oklab; a just noticeable difference is about 0.02
 
 
 def test_importing_the_colors_does_not_import_matplotlib():

@@ -6,9 +6,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
 from test_plotting_all_reduce import overlapping_texts
+from workshop_utils.intrinsic_dimension import IntrinsicDimension
 from workshop_utils.plotting import RANK_COLORS, use_style
 from workshop_utils.plotting import subspace as figures
 
@@ -66,6 +68,25 @@ def test_a_curve_has_mean_range_lines_and_the_authors(comparable):
     theirs = next(line for line in ax.get_lines() if str(line.get_label()).startswith("Li et al."))
     assert theirs.get_xdata().tolist() == [100, 300, 750, 1_500]  # d = 10 lies outside of what we measured
     assert ("not comparable" in theirs.get_label()) == (not comparable) == (theirs.get_alpha() < 1)
+
+
+@pytest.mark.parametrize(("percent", "definition"), [(90, "global"), (50, "local"), (99, "global")])
+def test_a_crossing_is_where_the_mean_exceeds_the_line(percent, definition):
+    accuracy = torch.tensor([[0.6, 0.8, 0.90, 0.91], [0.7, 0.84, 0.92, 0.91]], dtype=torch.float64)
+    baselines = torch.tensor([0.97, 0.99], dtype=torch.float64)
+    curve = IntrinsicDimension(
+        [100, 300, 750, 1_000], [0, 1], accuracy, baselines, 199_210, {"projection": "sparse"}, 1.0
+    )
+    figure = figures.crossing_figure(curve, AUTHORS, percent=percent, definition=definition)
+    FigureCanvasAgg(figure)
+    assert overlapping_texts(figure) == []
+    threshold = percent / 100 * (1.0 if definition == "global" else 0.98)
+    above = [d for d, mean in zip(curve.dims, accuracy.mean(0)) if mean > threshold]
+    crossing = f"d_int{percent} = {above[0]:,}" if above else "not reached"
+    assert f"{definition} line {threshold:.3f}: {crossing}" in figure.axes[0].get_legend_handles_labels()[1]
+    words = figures.describe_crossing(curve, percent=percent, definition=definition)
+    assert f"an accuracy of {threshold:.3f}" in words
+    assert (f"above it: {above[0]:,} of 199,210" if above else "does not reach it with 1,000") in words
 
 
 def test_every_network_has_its_point_and_its_name():

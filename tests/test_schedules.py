@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from workshop_utils import collectives, sub_world
 from workshop_utils.network import ALL_REDUCE_S, Link
-from workshop_utils.schedules import ALGORITHMS, num_chunks, schedule, simulate
+from workshop_utils.schedules import ALGORITHMS, num_chunks, schedule, simulate, so_far
 
 WORLD_SIZES = range(1, 17)
 ALL_REDUCE = {
@@ -50,6 +50,9 @@ def test_the_cost_can_be_read_off_the_schedule(algorithm, world_size):
     largest = [max(len(t.chunks) for t in step.transfers) for step in schedule(algorithm, world_size)]
     read_off = sum(link.message_s(chunks * chunk_bytes) for chunks in largest)
     assert read_off == pytest.approx(ALL_REDUCE_S[algorithm](size_bytes, world_size, link))
+    half = sum(link.message_s(chunks * chunk_bytes) for chunks in largest[: len(largest) // 2])
+    messages, share = so_far(algorithm, world_size, len(largest) // 2)
+    assert messages * 1e-3 + float(share) * size_bytes / 1e6 == pytest.approx(half)
 
 
 def test_no_rank_of_the_ring_sends_more_than_another():

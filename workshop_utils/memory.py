@@ -90,21 +90,30 @@ def measure_memory(
     )
 
 
-def zero_bytes(stage: int, num_parameters: int, world_size: int) -> dict[str, float]:
-    """Predicted bytes per rank of parameters, gradients and optimizer state, under mixed-precision Adam.
+# (parameters, gradients, optimizer) under Adam. bf16-mixed computes in bf16 and updates in float32, so the optimizer
+# holds a float32 copy of the parameter and two moments. fp32 and bf16 use one dtype for everything.
+BYTES_PER_PARAMETER = {"bf16-mixed": (2, 2, 12), "fp32": (4, 4, 8), "bf16": (2, 2, 4)}
 
-    A parameter takes 2 bytes (bf16), its gradient 2, and Adam 12: a float32 copy of it and two moments. Stage 0 holds
-    all of it on every rank (data parallel, or one device). ZeRO stage 1 divides the optimizer state by world_size,
-    stage 2 the gradients too, stage 3 the parameters too (Rajbhandari et al. 2020, arXiv:1910.02054, figure 1).
-    Padding is left out. Raises ValueError for another stage.
+
+def zero_bytes(
+    stage: int, num_parameters: int, world_size: int, precision: str = "bf16-mixed"
+) -> dict[str, float]:
+    """Predicted bytes per rank of parameters, gradients and optimizer state, under Adam.
+
+    In bf16-mixed a parameter takes 2 bytes (bf16), its gradient 2, and Adam 12: a float32 copy of it and two moments.
+    Stage 0 holds all of it on every rank (data parallel, or one device). ZeRO stage 1 divides the optimizer state by
+    world_size, stage 2 the gradients too, stage 3 the parameters too (Rajbhandari et al. 2020, arXiv:1910.02054,
+    figure 1). Padding is left out. Raises ValueError for another stage or precision.
     """
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be 0 (nothing divided), 1, 2 or 3, got {stage!r}")
+    if precision not in BYTES_PER_PARAMETER:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(BYTES_PER_PARAMETER)}")
     if num_parameters < 0 or world_size < 1:
         raise ValueError(
             f"num_parameters {num_parameters} and world_size {world_size} must be 0 and 1 or more"
         )
-    whole = {"parameters": 2, "gradients": 2, "optimizer": 12}
+    whole = dict(zip(("parameters", "gradients", "optimizer"), BYTES_PER_PARAMETER[precision]))
     divided_from = {"parameters": 3, "gradients": 2, "optimizer": 1}
     return {
         kind: num_parameters * size / (world_size if stage >= divided_from[kind] else 1)

@@ -116,6 +116,17 @@ def schedule(algorithm: str, world_size: int) -> list[Step]:
     return list(_SCHEDULES[algorithm](world_size))
 
 
+def so_far(algorithm: str, world_size: int, step: int) -> tuple[int, Fraction]:
+    """What the first `step` steps cost: (messages one after another, S that they carry), the factors of alpha and beta S.
+
+    A step takes as long as its largest message. After the last step these are the factors of network.py's formulas.
+    """
+    chunks = num_chunks(algorithm, world_size)
+    done = schedule(algorithm, world_size)[:step]
+    carried = sum(max(len(t.chunks) for t in each.transfers) for each in done)
+    return len(done), Fraction(carried, chunks)
+
+
 def simulate(algorithm: str, world_size: int) -> list[Snapshot]:
     """What every rank holds at the start and after each step: len(schedule) + 1 snapshots."""
     steps = schedule(algorithm, world_size)

@@ -541,6 +541,8 @@ rounds, link = 4 if PROFILE == "quick" else 21, LINKS["1 Gb/s Ethernet"]
 step_s, timelines = slowest(len(ranks), link, rounds)
 
 # %% tags=["measures", "nbval-ignore-output"]
+from workshop_utils.widgets import bucket_timeline
+
 ### BEGIN SOLUTION
 # ~ my_guess_ratio = None
 my_guess_ratio = 1.5
@@ -558,6 +560,9 @@ for rank, timeline in enumerate(timelines["on"]):
     assert early
 overlap_ratio = step_s["off"] / step_s["on"]
 compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
+figure = figures.plot_bucket_timeline(step_s["alone"], "1 Gb/s Ethernet", measured_s=step_s)
+plt.show()
+bucket_timeline(step_s["alone"], "1 Gb/s Ethernet")
 
 # %% [markdown] tags=["instructor"]
 # **1 min.**
@@ -571,9 +576,12 @@ compare_guess("overlap off / on, 1 Gb/s", overlap_ratio)
 # two, plus what cannot overlap: the forward, and the last bucket, which is the first layer's. Overlap hides
 # communication behind the backward, and it cannot hide more than the backward is long. On this link eight buckets take
 # longer than that, so most of them still come after it. (A bar ends when all ranks have sent their part. So the first
-# bucket looks long on a rank that was early.) Where ranks share cores, threads
-# that send wait for a core as well. Reported for torch's own: 27% of a step saved with gloo and 38% with NCCL, for a
-# ResNet ([Li and others 2020](https://arxiv.org/abs/2006.15704)).
+# bucket looks long on a rank that was early.)
+#
+# The second figure is the same step by formula: the compute that was measured, and the ring's α and β for each bucket. Move
+# the bucket size: one large bucket cannot leave early, many small ones pay α each. What is measured takes longer: where
+# ranks share cores, threads that send wait for a core as well. Reported for torch's own: 27% of a step saved with gloo
+# and 38% with NCCL, for a ResNet ([Li and others 2020](https://arxiv.org/abs/2006.15704)).
 #
 # ## What else does a real model do?
 #

@@ -127,7 +127,8 @@ memory_bill(7_500_000_000, world_size=64)
 
 # %% [markdown]
 # Drag the slider, and choose 70 B. Stage 1 comes down to 4 bytes per parameter and stops there, stage 2 to 2 bytes:
-# 140 GB. Only stage 3 goes on. For models beyond one device it is the only one of the three.
+# 140 GB. Only stage 3 goes on. For models beyond one device it is the only one of the three. Choose fp32: 16 bytes again, but
+# 4, 4 and 8, so stage 1 leaves more on each rank.
 #
 # ## How is a tensor cut?
 #

@@ -124,6 +124,7 @@ my_guess = 88
 guess("even or odd, last layer alone", my_guess)
 
 from workshop_utils.plotting import lora as figures
+from workshop_utils.widgets import lora_rank
 
 figure = figures.plot_low_rank(n_in=784, n_out=200, r=8)
 
@@ -586,21 +587,24 @@ def update(method, name="fc1", seed=0):
     return (layer.weight - base.get_submodule(name).weight).detach()
 
 
-values = {m: torch.linalg.svdvals(update(m)) for m in ("full", 2, 8, 16)}
+values = {m: torch.linalg.svdvals(update(m)) for m in ("full", 1, 2, 4, 8, 16)}
 figure = figures.plot_singular_values("The update of fc1, direction by direction", values)
 plt.show()
 for m, sizes in values.items():
     share = sizes.square().cumsum(0) / sizes.square().sum()
-    print(
-        f"{m!s:5} length {sizes.norm():5.1f}; share of the strongest 1, 2, 8: {share[0]:.2f}, {share[1]:.2f}, {share[7 if len(share) > 7 else -1]:.2f}"
-    )
+    strongest = ", ".join(f"{share[k - 1]:.2f}" for k in (1, 2, 8))
+    print(f"{m!s:5} length {sizes.norm():5.1f}; share of the strongest 1, 2, 8: {strongest}")
 full_share = (values["full"][:8].square().sum() / values["full"].square().sum()).item()
 compare_guess("share of the strongest 8 directions", full_share)
+figure = figures.plot_rank(values, n_in=784, n_out=200, r=8)
+plt.show()
+lora_rank(values, n_in=784, n_out=200, r=8)
 
 # %% [markdown]
 # Full fine-tuning spreads out: its update uses all 200 directions (40 are drawn), though a few carry most. LoRA with r = 8 or 16
 # uses one or two, and goes further along them: in 100 steps a larger r buys little. (For language models, updates of 10 to
-# 100 times LoRA's usual rank are reported, by Biderman et al.)
+# 100 times LoRA's usual rank are reported, by Biderman et al.) Move r in the last picture: what could r directions hold, what
+# did LoRA put into them, and at which r would B and A be as large as W?
 #
 # Do two adapters find the *same* directions? The paper's measure (section 7.2): take the strongest i right singular
 # vectors of one A (the directions in the layer's input that it reads most strongly) and the strongest j of another,

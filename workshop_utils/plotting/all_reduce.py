@@ -5,17 +5,21 @@ Shape letters: R ranks, H height, W width of a picture.
 """
 
 from fractions import Fraction
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 
+from workshop_utils.network import ALL_REDUCE_S, Link
 from workshop_utils.plotting import INK, MUTED, PAPER, rank_color
-from workshop_utils.schedules import Snapshot, Transfer, num_chunks, simulate
+from workshop_utils.schedules import Snapshot, Transfer, num_chunks, schedule, simulate, so_far
 
+EMULATED_LINK = Link(latency_s=100e-6, bandwidth_bytes_per_s=25e6)  # 200 Mb/s, as the notebook emulates
+_CLOCK_INCHES = 0.95
 _CELL = 1.0  # width of what one rank holds of one chunk
 _PITCH_X = 1.62  # from one rank's column to the next
 _HEIGHT = 0.56
@@ -33,31 +37,81 @@ def plot_all_reduce_step(ax, algorithm: str, world_size: int, step: int, *, deta
     snapshots = simulate(algorithm, world_size)
     snapshot = snapshots[step]
     pitch_y = _pitch_y(algorithm, world_size)
+    _draw_held(ax, snapshot, pitch_y)
     for rank in range(world_size):
-        _draw_rank(ax, snapshot, rank, pitch_y, details)
+        _name_rank(ax, snapshot, rank, pitch_y, details)
     _draw_arrows(ax, snapshot, world_size, pitch_y)
     left, right, bottom, top = _extent(algorithm, world_size, details)
     if len(snapshot.held[0]) > 1:
         for chunk in range(len(snapshot.held[0])):
             ax.text(
-                -1.0, -chunk * pitch_y, f"chunk {chunk}", ha="right", va="center", color=MUTED, fontsize=8
+                -1.0,
+                -chunk * pitch_y,
+                f"chunk {chunk}",
+                ha="right",
+                va="center",
+                color=MUTED,
+                fontsize=9 if details else 8,
             )
     ax.text(
-        left, top - 0.08, _step_title(snapshots, step), ha="left", va="top", fontweight="bold", fontsize=11
+        left + 0.1,
+        top - 0.08,
+        _step_title(snapshots, step),
+        ha="left",
+        va="top",
+        fontweight="bold",
+        fontsize=11,
     )
     ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
     ax.axis("off")
 
 
-def all_reduce_step_figure(algorithm: str, world_size: int, step: int) -> Figure:
-    """One step on a figure of its own, at most 11 inches wide, outside pyplot: what the stepper shows."""
+def all_reduce_step_figure(
+    algorithm: str, world_size: int, step: int, size_bytes: float = 8_000_000, link: Link = EMULATED_LINK
+) -> Figure:
+    """One step on a figure of its own, at most 10 x 8.2 inches, outside pyplot: what the stepper shows.
+
+    Under the chunks: the clock of a link like `link` for each rank, for a tensor of `size_bytes`.
+    """
     left, right, bottom, top = _extent(algorithm, world_size, details=True)
-    inches = min(0.85, 11 / (right - left))
-    figure = Figure(
-        figsize=((right - left) * inches, (top - bottom) * inches), layout="none", facecolor="white"
-    )
-    plot_all_reduce_step(figure.add_axes((0, 0, 1, 1)), algorithm, world_size, step)
+    inches = min(0.85, 10 / (right - left), 7.2 / (top - bottom))
+    width, height = (right - left) * inches, (top - bottom) * inches + _CLOCK_INCHES
+    figure = Figure(figsize=(width, height), layout="none", facecolor="white")
+    above = _CLOCK_INCHES / height
+    plot_all_reduce_step(figure.add_axes((0, above, 1, 1 - above)), algorithm, world_size, step)
+    ax = figure.add_axes((0.15 / width, 0.55 / height, 1 - 0.3 / width, 0.3 / height))
+    _draw_clock(ax, algorithm, world_size, step, size_bytes, link)
     return figure
+
+
+def _draw_clock(ax, algorithm: str, world_size: int, step: int, size_bytes: float, link: Link) -> None:
+    """A box for each step, as long as it takes, on a line that ends where naive ends."""
+    steps = len(schedule(algorithm, world_size))
+    ends_s = [_seconds_after(algorithm, world_size, k, size_bytes, link) for k in range(steps + 1)]
+    for k, (began_s, ended_s) in enumerate(pairwise(ends_s), start=1):
+        color = MUTED if k < step else INK if k == step else "white"
+        box = Rectangle(
+            (began_s, 0.06), ended_s - began_s, 0.9, facecolor=color, edgecolor=INK, linewidth=0.8
+        )
+        ax.add_patch(box)
+    naive_s = ALL_REDUCE_S["naive"](size_bytes, world_size, link)
+    ax.axhline(0.06, color=INK, linewidth=0.8)
+    messages, share = so_far(algorithm, world_size, step)
+    spent = f"{messages} α + {float(share):.2f} S β = " if step else ""
+    rate = f"{8 * link.bandwidth_bytes_per_s / 1e6:g} Mb/s for each rank"
+    sent_bytes = float(sum(simulate(algorithm, world_size)[step].sent)) * size_bytes
+    below = {"va": "top", "transform": ax.transAxes, "fontsize": 10}
+    clock = f"Clock: {spent}{1e3 * ends_s[step]:.0f} of {1e3 * ends_s[-1]:.0f} ms"
+    ax.text(0, -0.2, clock, fontweight="bold", **below)
+    ax.text(1, -0.2, f"naive: {1e3 * naive_s:.0f} ms", ha="right", **below)
+    ax.text(0, -1.0, f"S = {size_bytes / 1e6:g} MB, {rate}; all have sent {sent_bytes / 1e6:.0f} MB", **below)
+    ax.set(xlim=(0, naive_s), ylim=(0, 1))
+    ax.axis("off")
+
+
+def _seconds_after(algorithm: str, world_size: int, step: int, size_bytes: float, link: Link) -> float:
+    messages, share = so_far(algorithm, world_size, step)
+    return messages * link.latency_s + float(share) * size_bytes / link.bandwidth_bytes_per_s
 
 
 def plot_all_reduce_steps(algorithm: str, world_size: int) -> Figure:
@@ -85,7 +139,7 @@ def _extent(algorithm: str, world_size: int, details: bool) -> tuple[float, floa
     """left, right, bottom, top of the drawing in its own units."""
     chunks, pitch_y = num_chunks(algorithm, world_size), _pitch_y(algorithm, world_size)
     bottom = -(chunks - 1) * pitch_y - _HEIGHT / 2 - (0.65 if details else 0.25)
-    left = -1.0 if chunks == 1 else -1.9 if details else -2.25
+    left = -1.0 if chunks == 1 else -2.25
     return left, max((world_size - 1) * _PITCH_X + 1.1, left + 6.5), bottom, pitch_y + 0.45
 
 
@@ -115,38 +169,38 @@ def _step_title(snapshots: list[Snapshot], step: int) -> str:
     return f"Step {step} of {len(snapshots) - 1}: {phase}" if step else f"Start: {phase}"
 
 
-def _draw_rank(ax, snapshot: Snapshot, rank: int, pitch_y: float, details: bool) -> None:
-    world_size, left = len(snapshot.held), rank * _PITCH_X - _CELL / 2
-    slot = _CELL / world_size
-    for chunk, sources in enumerate(snapshot.held[rank]):
-        bottom = -chunk * pitch_y - _HEIGHT / 2
-        slots = [Rectangle((left + source * slot, bottom), slot, _HEIGHT) for source in range(world_size)]
-        colors = [rank_color(source) if times else PAPER for source, times in enumerate(sources)]
-        ax.add_collection(PatchCollection(slots, facecolors=colors, edgecolors="white", linewidths=0.8))
-        for source, times in enumerate(sources):
-            if times and world_size <= 5:  # narrower slots have no room for a digit
-                x = left + (source + 0.5) * slot
-                ax.text(x, bottom + _HEIGHT / 2, source, ha="center", va="center", color="white", fontsize=7)
-        full = all(times == 1 for times in sources)
-        edge, width = (INK, 2.0) if full else (MUTED, 0.6)
-        ax.add_patch(Rectangle((left, bottom), _CELL, _HEIGHT, fill=False, edgecolor=edge, linewidth=width))
-    y = pitch_y - _HEIGHT / 2 - 0.06
-    ax.text(
-        rank * _PITCH_X, y, f"rank {rank}", ha="center", color=rank_color(rank), fontweight="bold", fontsize=9
-    )
+def _draw_held(ax, snapshot: Snapshot, pitch_y: float) -> None:
+    """A column of chunks for each rank. One collection for all slots, one for all borders: a widget redraws this."""
+    world_size = len(snapshot.held)
+    slot, slots, colors, borders, full = _CELL / world_size, [], [], [], []
+    for rank, chunks in enumerate(snapshot.held):
+        for chunk, sources in enumerate(chunks):
+            left, bottom = rank * _PITCH_X - _CELL / 2, -chunk * pitch_y - _HEIGHT / 2
+            borders.append(_box(left, bottom, _CELL))
+            full.append(all(times == 1 for times in sources))
+            for source, times in enumerate(sources):
+                slots.append(_box(left + source * slot, bottom, slot))
+                colors.append(rank_color(source) if times else PAPER)
+                if times and world_size <= 5:  # narrower slots have no room for a digit
+                    x, y = left + (source + 0.5) * slot, bottom + _HEIGHT / 2
+                    ax.text(x, y, source, ha="center", va="center", color="white", fontsize=7)
+    ax.add_collection(PolyCollection(slots, facecolors=colors, edgecolors="white", linewidths=0.8))
+    edges, widths = [INK if f else MUTED for f in full], [2.0 if f else 0.6 for f in full]
+    ax.add_collection(PolyCollection(borders, facecolors="none", edgecolors=edges, linewidths=widths))
+
+
+def _box(left: float, bottom: float, width: float) -> list[tuple[float, float]]:
+    right, top = left + width, bottom + _HEIGHT
+    return [(left, bottom), (right, bottom), (right, top), (left, top)]
+
+
+def _name_rank(ax, snapshot: Snapshot, rank: int, pitch_y: float, details: bool) -> None:
+    x, y = rank * _PITCH_X, pitch_y - _HEIGHT / 2 - 0.06
+    ax.text(x, y, f"rank {rank}", ha="center", color=rank_color(rank), fontweight="bold", fontsize=10)
     if details:
         y = -(len(snapshot.held[rank]) - 1) * pitch_y - _HEIGHT / 2 - 0.2
-        ax.text(
-            rank * _PITCH_X, y, f"sent {_units(snapshot.sent[rank])}", ha="center", va="center", fontsize=8
-        )
-        ax.text(
-            rank * _PITCH_X,
-            y - 0.26,
-            f"got {_units(snapshot.received[rank])}",
-            ha="center",
-            va="center",
-            fontsize=8,
-        )
+        counts = f"sent {_units(snapshot.sent[rank])}\ngot {_units(snapshot.received[rank])}"
+        ax.text(x, y + 0.1, counts, ha="center", va="top", fontsize=9, linespacing=1.4)
 
 
 def _units(share: Fraction) -> str:

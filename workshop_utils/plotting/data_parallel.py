@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
+from workshop_utils.bucket_model import NOTEBOOK_LAYERS, predict_timeline, step_s
+from workshop_utils.network import LINKS
 from workshop_utils.plotting import INK, MUTED, PAPER, rank_color
 
 Timeline = Sequence[tuple[str, float, float]]  # DataParallel.timeline: (label, began_s, ended_s)
@@ -46,18 +48,13 @@ def plot_timelines(title: str, panels: dict[str, Sequence[Timeline]]) -> Figure:
         for rank, tick in enumerate(ax.get_yticklabels()):
             tick.set_color(rank_color(rank))
     axes[-1, 0].set_xlabel("ms since the forward began")
-    handles = [
-        Patch(facecolor=MUTED, alpha=0.35, label="forward"),
-        Patch(facecolor=MUTED, label="backward"),
-        Patch(facecolor="white", edgecolor=MUTED, hatch="////", label="all-reduce of a bucket"),
-    ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=3)
+    figure.legend(handles=_legend_of_timelines(), loc="outside upper right", ncols=3)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
 
-def _draw_rank(ax, rank: int, timeline: Timeline, end_s: float) -> None:
-    color, top = rank_color(rank), 2.6 * rank
+def _draw_rank(ax, rank: int, timeline: Timeline, end_s: float, color: str | None = None) -> None:
+    color, top = color or rank_color(rank), 2.6 * rank
     for label, began_s, ended_s in timeline:
         left, width = 1e3 * began_s, 1e3 * (ended_s - began_s)
         if label in _COMPUTE:
@@ -85,9 +82,94 @@ def _draw_rank(ax, rank: int, timeline: Timeline, end_s: float) -> None:
                     ha="center",
                     va="center",
                     color=INK,
-                    fontsize=7,
+                    fontsize=9 if color else 7,
                     bbox=box,
                 )
+
+
+def _legend_of_timelines() -> list[Patch]:
+    return [
+        Patch(facecolor=MUTED, alpha=0.35, label="forward"),
+        Patch(facecolor=MUTED, label="backward"),
+        Patch(facecolor="white", edgecolor=MUTED, hatch="////", label="all-reduce of a bucket"),
+    ]
+
+
+# The same as the formulas see it
+
+
+def _draw_predicted(
+    figure: Figure, panels: dict[str, Timeline], title: str, measured_s: dict[str, float]
+) -> None:
+    """One panel per label: what each rank computes, and below it the buckets that it sends. All share one axis."""
+    width, height = figure.get_size_inches()
+    end_s = max(step_s(timeline) for timeline in panels.values())
+    for row, (label, timeline) in enumerate(panels.items()):
+        bottom = height - 0.35 - 1.43 * (row + 1)
+        ax = figure.add_axes((0.95 / width, (bottom + 0.05) / height, 1 - 1.15 / width, 1.0 / height))
+        _draw_rank(ax, 0, timeline, end_s, _CURVES[0])
+        seen = f" (measured: {1e3 * measured_s[label]:.0f} ms)" if label in measured_s else ""
+        ax.set_title(f"{label}: {1e3 * step_s(timeline):.0f} ms{seen}")
+        ax.set(ylim=(2.15, -0.1), xlim=(0, 1.02e3 * end_s))
+        ax.set_yticks([0.5, 1.55], ["computes", "sends"])
+        ax.tick_params(left=False, labelbottom=row == len(panels) - 1)
+    ax.set_xlabel("ms since the forward began")
+    figure.legend(handles=_legend_of_timelines(), loc="upper right", ncols=3)
+    figure.text(0.01, 1 - 0.1 / height, title, ha="left", va="top", fontweight="bold", fontsize=11)
+
+
+def plot_bucket_timeline(
+    compute_s: float, link: str, world_size: int = 4, measured_s: dict[str, float] | None = None
+) -> Figure:
+    """One step of notebook 03's eight layers by formula, buckets of 1 MiB: a figure of pyplot's, for the notebook.
+
+    compute_s: forward and backward. link: a name in LINKS. measured_s: {"off": seconds of a step, "on": seconds}.
+    """
+    panels = _predicted(compute_s, link, world_size)
+    measured = {f"overlap {way}": time_s for way, time_s in (measured_s or {}).items()}
+    figure = plt.figure(figsize=_timeline_inches(panels), layout="none")
+    _draw_predicted(figure, panels, f"By formula: {world_size} ranks, {link}", measured)
+    return figure
+
+
+def bucket_timeline_figure(
+    compute_s: float,
+    link: str,
+    world_size: int = 4,
+    bucket_bytes: int = 2**20,
+    shown: Sequence[str] = ("off", "on"),
+) -> Figure:
+    """The same on a figure of its own, outside pyplot: what the widget shows. shown: ("off", "on"), or one of them."""
+    panels = _predicted(compute_s, link, world_size, bucket_bytes, shown)
+    figure = Figure(figsize=_timeline_inches(panels), facecolor="white", layout="none")
+    _draw_predicted(figure, panels, f"By formula: {world_size} ranks, {link}", {})
+    return figure
+
+
+def describe_bucket_timeline(
+    compute_s: float, link: str, world_size: int, bucket_bytes: int, shown=("off", "on")
+) -> str:
+    """Both steps in words, whichever is shown."""
+    off, on = _predicted(compute_s, link, world_size, bucket_bytes).values()
+    buckets = sum(label.startswith(_SEND) for label, _, _ in on)
+    sending_s = sum(ended - began for label, began, ended in on if label.startswith(_SEND))
+    return (
+        f"{buckets} buckets, {1e3 * sending_s:.3g} ms of sending beside {1e3 * compute_s:.3g} ms of computing. A step takes "
+        f"{1e3 * step_s(off):.3g} ms without overlap and {1e3 * step_s(on):.3g} ms with it: "
+        f"off / on = {step_s(off) / step_s(on):.2f}."
+    )
+
+
+def _predicted(compute_s, link, world_size, bucket_bytes=2**20, shown=("off", "on")) -> dict[str, Timeline]:
+    settings = {"bucket_bytes": bucket_bytes, "world_size": world_size, "link": LINKS[link]}
+    return {
+        f"overlap {way}": predict_timeline(NOTEBOOK_LAYERS, compute_s, overlap=way == "on", **settings)
+        for way in shown
+    }
+
+
+def _timeline_inches(panels) -> tuple[float, float]:
+    return 9, 0.85 + 1.43 * len(panels)
 
 
 # Who sees which sample

@@ -3,13 +3,16 @@
 Each function draws one figure that says one thing and returns it. Bytes are bytes: 1 GB = 10**9.
 """
 
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from workshop_utils.memory import zero_bytes
+from workshop_utils.memory import BYTES_PER_PARAMETER, zero_bytes
 from workshop_utils.plotting import INK, MUTED, rank_color
 from workshop_utils.plotting.costs import bytes_label
 from workshop_utils.plotting.single_device import KIND_COLORS
@@ -18,43 +21,71 @@ STAGES = ("one device, or DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3, FSDP")
 DEVICE_BYTES = 80e9  # an A100 or H100 with the larger memory
 
 
-def draw_memory_bill(figure: Figure, num_parameters: int, world_size: int) -> None:
-    """A stacked bar of bytes per rank for each ZeRO stage, with one 80 GB device as a line where it is in sight."""
-    ax = figure.add_subplot()
+def draw_memory_bill(
+    figure: Figure, num_parameters: int, world_size: int, stage: int = 3, precision: str = "bf16-mixed"
+) -> None:
+    """A stacked bar of bytes per rank for each ZeRO stage, with one 80 GB device as a line where it is in sight.
+
+    The chosen stage is framed, and its parts have their sizes written under the bars.
+    """
+    ax = figure.add_axes((0.215, 0.30, 0.745, 0.60))
+    bills = [zero_bytes(s, num_parameters, world_size, precision) for s in range(len(STAGES))]
     left = [0.0] * len(STAGES)
     for kind in ("parameters", "gradients", "optimizer"):
-        sizes = [zero_bytes(stage, num_parameters, world_size)[kind] for stage in range(len(STAGES))]
-        ax.barh(range(len(STAGES)), sizes, left=left, color=KIND_COLORS[kind], label=kind, height=0.62)
+        sizes = [bill[kind] for bill in bills]
+        label = f"{kind} {bytes_label(bills[stage][kind])}"
+        ax.barh(range(len(STAGES)), sizes, left=left, color=KIND_COLORS[kind], label=label, height=0.62)
         left = [start + size for start, size in zip(left, sizes)]
+    ax.add_patch(Rectangle((0, stage - 0.37), left[stage], 0.74, fill=False, edgecolor=INK, linewidth=2))
     for row, total in enumerate(left):
         white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        ax.text(total + 0.012 * left[0], row, bytes_label(total), va="center", bbox=white)
+        weight = "bold" if row == stage else "normal"
+        ax.text(total + 0.015 * left[0], row, bytes_label(total), va="center", bbox=white, fontweight=weight)
     if DEVICE_BYTES < 1.1 * left[0]:
         ax.axvline(DEVICE_BYTES, color=INK, linewidth=1, linestyle="--")
-        ax.text(DEVICE_BYTES, len(STAGES) - 0.5, " 80 GB", ha="left", va="top", fontsize=8)
-    ranks = f"{world_size} rank" + ("s" if world_size > 1 else "")
+        ax.text(DEVICE_BYTES, len(STAGES) - 0.5, " 80 GB", ha="left", va="top", fontsize=9)
+    ranks = f"{world_size:,} rank" + ("s" if world_size > 1 else "")
     ax.set(yticks=range(len(STAGES)), yticklabels=STAGES, xlim=(0, 1.18 * left[0]), ylim=(-0.6, 4.0))
+    each = f"{sum(BYTES_PER_PARAMETER[precision])} bytes for each"
     ax.set(
-        xlabel="bytes per rank", title=f"{_count(num_parameters)} parameters on {ranks}: 16 bytes for each"
+        xlabel="bytes per rank", title=f"{_count(num_parameters)} parameters on {ranks}, {precision}: {each}"
     )
     ax.xaxis.set_major_formatter(lambda size, _: bytes_label(size) if size else "0")
     ax.invert_yaxis()
     ax.tick_params(left=False)
-    figure.legend(ncols=3, loc="outside lower center")
+    figure.legend(ncols=3, loc="lower center", title=STAGES[stage])
 
 
-def plot_memory_bill(num_parameters: int, world_size: int) -> Figure:
+def plot_memory_bill(
+    num_parameters: int, world_size: int, stage: int = 3, precision: str = "bf16-mixed"
+) -> Figure:
     """The bill as a figure of pyplot's: the static one for the notebook."""
-    figure = plt.figure(figsize=(7.2, 3.0))
-    draw_memory_bill(figure, num_parameters, world_size)
+    figure = plt.figure(figsize=(7.6, 3.6), layout="none")
+    draw_memory_bill(figure, num_parameters, world_size, stage, precision)
     return figure
 
 
-def memory_bill_figure(num_parameters: int, world_size: int) -> Figure:
+def memory_bill_figure(
+    num_parameters: int, world_size: int, stage: int = 3, precision: str = "bf16-mixed"
+) -> Figure:
     """The bill on a figure of its own, outside pyplot: what the widget shows."""
-    figure = Figure(figsize=(7.2, 3.0), layout="constrained", facecolor="white")
-    draw_memory_bill(figure, num_parameters, world_size)
+    figure = Figure(figsize=(7.6, 3.6), layout="none", facecolor="white")
+    draw_memory_bill(figure, num_parameters, world_size, stage, precision)
     return figure
+
+
+def describe_memory_bill(num_parameters: int, world_size: int, stage: int, precision: str) -> str:
+    """The chosen stage in words, and from how many ranks on it fits."""
+    bill = zero_bytes(stage, num_parameters, world_size, precision)
+    parts = ", ".join(f"{kind} {bytes_label(size)}" for kind, size in bill.items())
+    total = f"{STAGES[stage]}, {precision}: each of {world_size:,} holds {bytes_label(sum(bill.values()))} ({parts}). "
+    on_one, on_two = (sum(zero_bytes(stage, num_parameters, n, precision).values()) for n in (1, 2))
+    divided_bytes = 2 * (on_one - on_two)
+    room_bytes = DEVICE_BYTES - (on_one - divided_bytes)
+    if room_bytes < 0 or (room_bytes == 0 and divided_bytes):
+        return f"{total}No number of 80 GB devices is enough at this stage."
+    first = max(1, math.ceil(divided_bytes / room_bytes)) if divided_bytes else 1
+    return f"{total}Devices of 80 GB are enough from {first:,} on; activations are not counted."
 
 
 def plot_live_bytes(

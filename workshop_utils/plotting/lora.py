@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from workshop_utils.plotting import INK, MUTED, PAPER
 
-FULL, LAST = "#44546a", "#c79a1b"
+FULL, LAST, ADAPTER = "#44546a", "#c79a1b", "#2a788e"
 
 
 def method_style(method: str | int) -> dict:
@@ -37,8 +37,8 @@ def plot_low_rank(n_in: int, n_out: int, r: int) -> Figure:
     gap = 0.09 * n_in
     boxes = [
         (0, 0, n_in, n_out, PAPER, f"W, frozen\n{n_out} x {n_in} = {n_out * n_in:,}"),
-        (n_in + 2 * gap, 0, r, n_out, "#2a788e", f"B\n{n_out} x {r}"),
-        (n_in + 3 * gap + r, n_out - r, n_in, r, "#2a788e", f"A\n{r} x {n_in}"),
+        (n_in + 2 * gap, 0, r, n_out, ADAPTER, f"B\n{n_out} x {r}"),
+        (n_in + 3 * gap + r, n_out - r, n_in, r, ADAPTER, f"A\n{r} x {n_in}"),
     ]
     for x, y, width, height, color, label in boxes:
         ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=MUTED))
@@ -116,6 +116,76 @@ def plot_singular_values(title: str, values: Mapping, shown: int = 40) -> Figure
     return figure
 
 
+def draw_rank(figure: Figure, values: Mapping, n_in: int, n_out: int, r: int) -> None:
+    """Left: the singular values of the updates, with the r strongest of full fine-tuning's marked. Right: numbers trained.
+
+    values: {"full": [...], 8: [...]}, largest first; LoRA's are drawn where r is among them.
+    """
+    left, right = figure.add_axes((0.085, 0.15, 0.50, 0.73)), figure.add_axes((0.68, 0.15, 0.30, 0.73))
+    full = np.asarray(values["full"])
+    numbers = np.arange(1, len(full) + 1)
+    left.plot(numbers[r:], full[r:], "s", color=MUTED, markerfacecolor="white", markersize=3)
+    left.plot(
+        numbers[:r], full[:r], "s", color=FULL, markersize=6, label=f"full, the strongest {min(r, len(full))}"
+    )
+    if r in values:
+        sizes = np.asarray(values[r])
+        sizes = sizes[sizes > 1e-4 * sizes[0]]
+        style = {"color": ADAPTER, "marker": "o", "markersize": 8, "markeredgecolor": "white"}
+        left.plot(numbers[: len(sizes)], sizes, label=f"LoRA, r = {r}", **style)
+    left.axvline(r + 0.5, color=MUTED, linewidth=1, linestyle="--")
+    share = _share(full, r)
+    left.set(xscale="log", yscale="log", xlim=(0.85, 1.25 * len(full)), xlabel="number of the singular value")
+    top = max(size[0] for size in values.values())
+    left.set(ylim=(1e-3 * top, 2 * top), title=f"r = {r}: {share:.0%} of the full update, in squares")
+    left.xaxis.set(major_locator=FixedLocator([1, 2, 4, 8, 16, 32, 64, 128]), minor_locator=NullLocator())
+    left.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    left.yaxis.set_minor_locator(NullLocator())
+    _plain_decades(left.yaxis)
+    left.grid(True)
+    left.legend(loc="upper right")
+    counts = {"W": n_in * n_out, "B and A": r * (n_in + n_out)}
+    right.bar(list(counts), list(counts.values()), color=[FULL, ADAPTER], width=0.62)
+    for place, count in enumerate(counts.values()):
+        right.text(
+            place, count, f"{count:,}\n{count / counts['W']:.1%}", ha="center", va="bottom", fontsize=11
+        )
+    right.set(title="numbers trained", yticks=[], ylim=(0, 1.25 * max(counts["W"], 200 * (n_in + n_out))))
+    right.spines["left"].set_visible(False)
+    right.tick_params(labelsize=11, bottom=False)
+
+
+def plot_rank(values: Mapping, n_in: int, n_out: int, r: int = 8) -> Figure:
+    """r against singular values and parameters, as a figure of pyplot's: the static one for the notebook."""
+    figure = plt.figure(figsize=(8.4, 3.9), layout="none")
+    draw_rank(figure, values, n_in, n_out, r)
+    return figure
+
+
+def rank_figure(values: Mapping, n_in: int, n_out: int, r: int) -> Figure:
+    """The same on a figure of its own, outside pyplot: what the widget shows."""
+    figure = Figure(figsize=(8.4, 3.9), facecolor="white", layout="none")
+    draw_rank(figure, values, n_in, n_out, r)
+    return figure
+
+
+def describe_rank(values: Mapping, n_in: int, n_out: int, r: int) -> str:
+    """The same in words."""
+    count, whole = r * (n_in + n_out), n_in * n_out
+    words = (
+        f"r = {r} trains {r} x ({n_in} + {n_out}) = {count:,} numbers, {count / whole:.1%} of W's {whole:,}. No matrix of "
+        f"rank {r} can hold more than {_share(values['full'], r):.0%} of full fine-tuning's update, in squares."
+    )
+    if r in values and r >= 2:
+        words += f" Of the update that LoRA learned with r = {r}, the strongest 2 directions hold {_share(values[r], 2):.0%}."
+    return words
+
+
+def _share(sizes: Sequence[float], r: int) -> float:
+    squares = np.asarray(sizes, float) ** 2
+    return float(squares[:r].sum() / squares.sum())
+
+
 def plot_overlaps(title: str, panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """phi(i, j) as a number in each cell, a panel per pair of matrices: {label: table}, rows i and columns j from 1."""
     tables = {label: np.asarray(table) for label, table in panels.items()}
@@ -160,7 +230,7 @@ def plot_forgetting(title: str, methods: Mapping, base_old: float) -> Figure:
 def plot_drift(title: str, drifts: Mapping[str, Sequence[float]]) -> Figure:
     """Largest difference of a weight from the original after each cycle: {label: [difference of cycle 1, 2, ...]}."""
     figure, ax = plt.subplots(figsize=(7.2, 3.0))
-    for (label, values), (color, line) in zip(drifts.items(), ((INK, "-"), (LAST, "-"), ("#2a788e", "--"))):
+    for (label, values), (color, line) in zip(drifts.items(), ((INK, "-"), (LAST, "-"), (ADAPTER, "--"))):
         ax.plot(
             np.arange(1, len(values) + 1), values, color=color, linestyle=line, linewidth=2.4, label=label
         )

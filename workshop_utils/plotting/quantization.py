@@ -61,14 +61,14 @@ def plot_quantization(name: str = "NF4", block_size: int = 64, outlier: float = 
     4,096 standard normal weights, of which one is set to `outlier` (in standard deviations; 0 sets none). Lines are the
     values that a block can hold, drawn where nearly all weights lie. Raises ValueError for an unknown format.
     """
-    figure = plt.figure(figsize=(7.2, 4.2))
+    figure = plt.figure(figsize=(7.2, 4.2), layout="none")
     _draw_quantization(figure, name, block_size, outlier)
     return figure
 
 
 def quantization_figure(name: str, block_size: int, outlier: float) -> Figure:
     """The same on a figure of its own, outside pyplot: what the widget shows."""
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(7.2, 4.2), layout="none", facecolor="white")
     _draw_quantization(figure, name, block_size, outlier)
     return figure
 
@@ -80,7 +80,7 @@ def _draw_quantization(figure: Figure, name: str, block_size: int, outlier: floa
         weights[block_size // 2] = outlier
     codes, absmax = quantize_blockwise(weights, levels, block_size)
     errors = (dequantize_blockwise(codes, absmax, levels, block_size) - weights).square()
-    axes = figure.subplots(2, 1, sharex=True)
+    axes = [figure.add_axes((0.02, bottom, 0.96, 0.315)) for bottom in (0.55, 0.125)]
     titles = ["the block with the outlier" if outlier else "the first block", "another block"]
     for number, (ax, title) in enumerate(zip(axes, titles)):
         block = slice(number * block_size, (number + 1) * block_size)
@@ -94,13 +94,15 @@ def _draw_quantization(figure: Figure, name: str, block_size: int, outlier: floa
             continue
         held = (levels * absmax[number]).numpy()
         used = int((np.abs(held) < 4.2).sum())
-        ax.hist(weights[block].numpy(), bins=np.linspace(-4.2, 4.2, 61), color="#b9b9c4", density=True)
+        bins = np.linspace(-4.2, 4.2, 61)
+        ax.hist(weights[block].numpy(), bins=bins, color="#b9b9c4", density=True, histtype="stepfilled")
         for value in held:
             ax.axvline(value, color=FORMATS[name]["color"], linewidth=1.8)
         ax.set_title(
             f"{title}: {used} of {len(levels)} values in sight, error {errors[block].mean():.4f}",
             fontweight="normal",
         )
+    axes[0].tick_params(labelbottom=False)
     axes[1].set_xlabel("weight, in standard deviations")
     shown = f"one outlier of {outlier:g}" if outlier else "no outlier"
     figure.suptitle(

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
+from workshop_utils.intrinsic_dimension import IntrinsicDimension, first_above
 from workshop_utils.plotting import INK, MUTED
 
 OURS, THEIRS, LOCAL = "#1f4e8c", "#b5651d", "#5b8c5a"
@@ -22,6 +23,7 @@ METHODS = {  # method: (colour, marker)
     "subspace with scales": ("#c99700", "D"),
 }
 STYLES = {"global": ":", "local": "-."}
+LINE_COLORS = {"global": INK, "local": LOCAL}
 PERCENTS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
@@ -54,41 +56,61 @@ def plot_dimension_curve(
     lines: {"global": (threshold, d_int90 or None), ...}. authors: {d: accuracy} of Li et al., faint if not comparable.
     """
     figure, ax = plt.subplots(figsize=(7.2, 4.0))
+    _draw_curve(ax, dims, accuracy_SD, lines, authors, comparable=comparable)
+    ax.set_title(title)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def crossing_figure(
+    curve: IntrinsicDimension, authors: Mapping[int, float], *, percent: int, definition: str
+) -> Figure:
+    """The curve and one line, at `percent` of what `definition` means, outside pyplot: what the widget shows."""
+    figure = Figure(figsize=(7.6, 4.4), facecolor="white", layout="none")
+    ax = figure.add_axes((0.09, 0.30, 0.89, 0.61))
+    line = {definition: _crossing(curve, percent, definition)}
+    _draw_curve(ax, curve.dims, curve.accuracy, line, authors, comparable=True, percent=percent)
+    ax.set_title(f"60,000 images, {curve.settings['projection']}: a line at {percent}%")
+    figure.legend(*ax.get_legend_handles_labels(), loc="lower center", ncols=2)
+    return figure
+
+
+def describe_crossing(curve: IntrinsicDimension, *, percent: int, definition: str) -> str:
+    """The same in words."""
+    threshold, d = _crossing(curve, percent, definition)
+    of = "1.0" if definition == "global" else f"{curve.baseline:.3f}, which full training reaches,"
+    asked = f"{percent}% of {of} is an accuracy of {threshold:.3f}. "
+    if d is None:
+        return f"{asked}The mean over {len(curve.seeds)} seeds does not reach it with {curve.dims[-1]:,} directions."
+    return f"{asked}The first d of the grid above it: {d:,} of {curve.D:,}, {d / curve.D:.2%}."
+
+
+def _crossing(curve: IntrinsicDimension, percent: int, definition: str) -> tuple[float, int | None]:
+    threshold = curve.threshold(definition, percent / 100)
+    return threshold, first_above(curve.dims, curve.accuracy.mean(0).tolist(), threshold)
+
+
+def _draw_curve(ax, dims, accuracy_SD, lines, authors, *, comparable: bool, percent: int = 90) -> None:
     shown = {d: a for d, a in authors.items() if d >= 0.9 * min(dims)}
     label = "Li et al. 2018" if comparable else "Li et al. 2018: not comparable"
     ax.plot(
         *zip(*shown.items()), "s--", color=THEIRS, alpha=1 if comparable else 0.4, markersize=4, label=label
     )
-    mean = accuracy_SD.mean(0)
+    mean, seeds = accuracy_SD.mean(0), len(accuracy_SD)
     ax.fill_between(dims, accuracy_SD.amin(0), accuracy_SD.amax(0), color=OURS, alpha=0.2, linewidth=0)
-    ax.plot(dims, mean, "o-", color=OURS, label=f"ours, mean and range of {len(accuracy_SD)} seeds")
-    bottom = min(float(accuracy_SD.min()), *shown.values()) - 0.03
-    for (name, (threshold, d)), color in zip(lines.items(), (INK, LOCAL)):
-        crossing = "not reached" if d is None else f"d_int90 = {d:,}"
-        ax.axhline(
-            threshold,
-            color=color,
-            linewidth=1.1,
-            linestyle=STYLES[name],
-            label=f"{name} line {threshold:.3f}: {crossing}",
-        )
+    label = f"ours, mean and range of {seeds} seeds" if seeds > 1 else "ours, one seed"
+    ax.plot(dims, mean, "o-", color=OURS, label=label)
+    lowest = min(float(accuracy_SD.min()), *shown.values(), *(threshold for threshold, _ in lines.values()))
+    bottom = lowest - 0.03
+    for name, (threshold, d) in lines.items():
+        crossing = "not reached" if d is None else f"d_int{percent} = {d:,}"
+        style = {"color": LINE_COLORS[name], "linewidth": 1.1, "linestyle": STYLES[name]}
+        ax.axhline(threshold, label=f"{name} line {threshold:.3f}: {crossing}", **style)
         if d is not None:
-            ax.vlines(d, bottom, threshold, color=color, linewidth=1.1, linestyle=STYLES[name])
-    ax.set(
-        xscale="log",
-        ylim=(bottom, None),
-        xlabel="d, directions that are trained",
-        ylabel="test accuracy",
-        title=title,
-    )
-    ticks = [
-        d
-        for d in (50, 100, 200, 300, 500, 750, 1000, 1500, 3000)
-        if min(dims) * 0.9 <= d <= max(dims[-1], max(shown)) * 1.1
-    ]
-    _plain_ticks(ax, ticks)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
+            ax.vlines(d, bottom, threshold, **style)
+    ax.set(xscale="log", ylim=(bottom, None), xlabel="d, directions that are trained", ylabel="test accuracy")
+    low, high = min(dims) * 0.9, max(dims[-1], max(shown)) * 1.1
+    _plain_ticks(ax, [d for d in (50, 100, 200, 300, 500, 750, 1000, 1500, 3000) if low <= d <= high])
 
 
 def plot_width_depth(points: Sequence[tuple[str, int, int | None]], authors: tuple[int, int]) -> Figure:
