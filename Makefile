@@ -39,7 +39,8 @@ fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# What tests deadlines runs first, alone. Then make keeps two parts at work: the package, and one notebook after the other.
+# What tests deadlines runs first, alone. Then make keeps two parts at work: the browser, the package, and notebook by
+# notebook.
 # They often wait for processes to start, and have one thread each, or they would wait for each other at every matrix
 # product. A process of pytest for each, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
@@ -47,24 +48,25 @@ NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(shell ls -r notebooks/s
 
 test: setup lint  ## every check, notebooks and browser included (about 30 minutes on two cores)
 	@$(PYTEST) -m alone
-	@$(MAKE) --no-print-directory --keep-going -j2 test-package $(NOTEBOOK_TESTS)
+	@$(MAKE) --no-print-directory --keep-going -j2 test-browser test-package $(NOTEBOOK_TESTS)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PYTEST) -m "alone and not browser and not slow"
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not slow"
 
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
-	@$(PYTEST) -m browser
+	$(call report,tests/browser)
 
 .PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
 
-# into files: two reports on one screen cannot be read. Shown is the last line, or all of it after a failure
 $(NOTEBOOK_TESTS): test-%:
-	@mkdir -p build
-	@if OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_notebooks.py -k $* > build/test-$*.txt 2>&1; \
-	  then echo "$*: $$(tail -1 build/test-$*.txt)"; else cat build/test-$*.txt; exit 1; fi
+	$(call report,tests/test_notebooks.py -k $*)
+
+# into a file: two reports on one screen cannot be read. Shown are the last lines, or all of it after a failure
+report = @mkdir -p build; if OMP_NUM_THREADS=1 $(PY) -m pytest $(1) > build/$@.txt 2>&1; \
+  then echo "$@:"; tail -3 build/$@.txt; else cat build/$@.txt; exit 1; fi
 
 .PHONY: lint
 lint: setup
