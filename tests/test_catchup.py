@@ -93,6 +93,7 @@ def test_nothing_is_shown_but_where_one_is(shell, capsys):
 def test_a_cell_that_fails_is_named(shell, monkeypatch):
     cells = [{"section": 0, "source": "from workshop_utils import check\nx = 1"}]
     cells.append({"section": 1, "source": "\ny = x\ny / 0"})
+    cells.append({"section": 2, "source": "beyond = 1"})
     notebook = {"sections": ["One?", "Two?"], "cells": cells}
     monkeypatch.setattr(catchup, "load_cells", lambda: {"03_broken": notebook})
     with pytest.raises(catchup.CannotCatchUp) as caught:

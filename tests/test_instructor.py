@@ -141,6 +141,7 @@ def test_catchups_cells(tree):
         ),
         ("    return 3 * x", "    return seconds", None),
         ('["key-figures"]', '["nbval-ignore-output"]', r":58: this cell reads `seconds`, which .* line 28"),
+        ("= math.pi\n", "= math.pi\n\n# %%\nseconds + 1\n", r":31: this cell reads `seconds`"),
         ('["measures"]', '["live"]', r":28: a cell tagged live defines a function or a class"),
     ],
 )

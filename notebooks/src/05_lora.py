@@ -557,7 +557,7 @@ for m in METHODS:
 # - *Ask*: what does the picture show? No digit: where ink counts for or against.
 
 # %% [markdown]
-# Operations nearly halve. The time falls by a few percent or not at all, although Adam has so little to do: LoRA adds small operations, and in a
+# Operations nearly halve. The time falls by much less, although Adam has so little to do: LoRA adds small operations, and in a
 # network this small the fixed cost of each one shows. Activations stay: the backward runs through the same layers, and
 # A's gradient needs the layer's input as W's did. With large batches or long texts it is they that fill the memory, and
 # LoRA does not help.

@@ -722,26 +722,6 @@ my_guess = 400
 ### END SOLUTION
 guess("local d_int90 on 4,000 images", my_guess)
 
-# %% tags=["measures", "nbval-ignore-output"]
-from workshop_utils.intrinsic_dimension import measure_intrinsic_dimension
-
-quick = {"dims": [100, 300, 500, 600, 750], "seeds": (0, 1), "epochs": 20}
-long = {"dims": [100, 200, 300, 400, 500, 600, 700, 750, 800, 900, 1000], "seeds": (0, 1, 2), "epochs": 8}
-setting = quick if PROFILE == "quick" else long
-began_s = time.perf_counter()
-measured = measure_intrinsic_dimension(MLP, data, **setting, ranks=ranks, folder=folder / "sweep")
-sweep_s = time.perf_counter() - began_s
-runs = measured.accuracy.numel()
-print(
-    f"{runs} runs and the baseline in {sweep_s:.0f} s on {len(ranks)} ranks; baseline {measured.baseline:.3f}"
-)
-compare_guess("local d_int90 on 4,000 images", measured.d_int90("local"))
-first_d_above = mine("first_d_above")
-full = {"train": 1.0, "test": measured.baseline}
-for name in ("global", "local"):
-    assert first_d_above(measured.dims, measured.accuracy, full, name) == measured.d_int90(name)
-print("local d_int90 of each seed alone:", measured.d_int90_per_seed("local"))
-
 # %% tags=["nbval-ignore-output"]
 import json
 from importlib import resources
@@ -763,6 +743,24 @@ recorded = json.loads(recorded_file.read_text(encoding="utf-8"))
 authors = dict(zip(recorded["authors"]["dims"], recorded["authors"]["accuracy"]))
 
 # %% tags=["measures", "nbval-ignore-output"]
+from workshop_utils.intrinsic_dimension import measure_intrinsic_dimension
+
+quick = {"dims": [100, 300, 500, 600, 750], "seeds": (0, 1), "epochs": 20}
+long = {"dims": [100, 200, 300, 400, 500, 600, 700, 750, 800, 900, 1000], "seeds": (0, 1, 2), "epochs": 8}
+setting = quick if PROFILE == "quick" else long
+began_s = time.perf_counter()
+measured = measure_intrinsic_dimension(MLP, data, **setting, ranks=ranks, folder=folder / "sweep")
+sweep_s = time.perf_counter() - began_s
+runs = measured.accuracy.numel()
+print(
+    f"{runs} runs and the baseline in {sweep_s:.0f} s on {len(ranks)} ranks; baseline {measured.baseline:.3f}"
+)
+compare_guess("local d_int90 on 4,000 images", measured.d_int90("local"))
+first_d_above = mine("first_d_above")
+full = {"train": 1.0, "test": measured.baseline}
+for name in ("global", "local"):
+    assert first_d_above(measured.dims, measured.accuracy, full, name) == measured.d_int90(name)
+print("local d_int90 of each seed alone:", measured.d_int90_per_seed("local"))
 num_images = len(data.train_labels)
 figure = show_curve(f"{num_images:,} images, measured now", measured, comparable=num_images == 60_000)
 
