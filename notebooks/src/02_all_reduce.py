@@ -750,13 +750,10 @@ from workshop_utils.plotting.costs import plot_fastest, plot_predicted_measured,
 from workshop_utils.widgets import alpha_beta
 
 all_reduce_s = mine("all_reduce_s")
-for size_bytes in (1e3, 1e8):
-    by_name = {
-        n: all_reduce_s(n, 64, size_bytes, LINKS["10 Gb/s Ethernet"]) for n in ("naive", "tree", "ring")
-    }
-    print(
-        f"{size_bytes:.0e} bytes:", ", ".join(f"{n} {time_s * 1e3:.4g} ms" for n, time_s in by_name.items())
-    )
+ethernet = LINKS["10 Gb/s Ethernet"]
+for size_bytes in (1_000, 100_000_000):
+    times_s = {name: all_reduce_s(name, 64, size_bytes, ethernet) for name in ("naive", "tree", "ring")}
+    print(f"{size_bytes:,} bytes:", ", ".join(f"{name} {1e3 * s:,.1f} ms" for name, s in times_s.items()))
 figure = plot_fastest(64, "10 Gb/s Ethernet", 100_000)
 plt.show()
 alpha_beta(64, "10 Gb/s Ethernet", 100_000)

@@ -181,8 +181,13 @@ class LabPage:
         self.page.mouse.up()
 
     def shot(self, name: str, i: int | None = None) -> None:
+        """A picture of the page, or of cell i, of which a widget alone is shown if it has one."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         target = self.page if i is None else self.cells.nth(i)
         if i is not None:
+            widget = target.locator(
+                ".jp-OutputArea-output > .widget-vbox, .jupyter-widgets-view > .widget-vbox"
+            )
+            target = widget.first if widget.count() else target
             target.scroll_into_view_if_needed()
         target.screenshot(path=SHOTS / f"{name}.png")

@@ -1,7 +1,8 @@
 """`%catchup 04.3`: the state at the start of a section, for latecomers and for kernels that died.
 
-Runs the code of the solved notebook up to there, in this kernel and on ranks, without its figures and without cells
-tagged `measures`. Where the reader's own answer is kept, it is used, as `mine` does. Nothing that is kept changes.
+Runs the code of the solved notebook up to there, in this kernel and on new ranks, in the quick profile, without figures
+and without cells tagged `measures`. Where the reader's own answer is kept, it is used, as `mine` does. Nothing that is
+kept changes.
 The code is in `notebook_cells.json`, written by notebooks/build.py, so no notebook is needed at run time.
 """
 
