@@ -339,6 +339,8 @@ progress()
 # | [07](07_qlora.ipynb) | How few bits can the frozen part live in? | 45 |
 # | [08](08_fsdp_and_qlora.ipynb) | What can I fine-tune on the small GPUs I have? | 45 |
 #
+# The minutes are those of a room where somebody leads. Alone, solving every exercise, plan for half as much again.
+#
 # The last two fine-tune a language model. `make fetch` brings it, once: do that while the network is good.
 
 # %% [markdown] tags=["instructor"]
