@@ -10,7 +10,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 pytho
 .PHONY: help setup lab fetch run test test-fast test-browser notebooks solutions slides figures cheatsheet bench doctor lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv and install the pinned packages (seconds when nothing has changed)
 	@for python in $(CANDIDATES); do \
@@ -41,7 +41,8 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 
 # What tests deadlines runs first, alone. Then the notebooks and all the rest run side by side, because both often wait for
 # processes to start; with one thread each, or they would wait for each other at every matrix product. Two processes of
-# pytest, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
+# pytest, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever. The browser's tests are among the
+# notebooks, because they are the run of the learner's versions.
 PYTEST := $(PY) -m pytest tests
 
 test: setup lint  ## every check, notebooks and browser included (about 35 minutes on two cores)
