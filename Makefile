@@ -10,7 +10,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 pytho
 .PHONY: help setup lab fetch run test test-fast test-browser notebooks solutions slides figures cheatsheet bench doctor lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv and install the pinned packages (seconds when nothing has changed)
 	@for python in $(CANDIDATES); do \
@@ -39,10 +39,10 @@ fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
-# What tests deadlines runs first, alone. Then make keeps two parts at work: the browser, the package, and notebook by
-# notebook.
-# They often wait for processes to start, and have one thread each, or they would wait for each other at every matrix
-# product. A process of pytest for each, not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
+# What tests deadlines runs first, alone. Then make keeps two parts at work: the browser (it runs the learner's versions), the
+# package, and the solutions, one notebook after the other. They often wait for processes to start, and have one thread
+# each, or they would wait for each other at every matrix product. A process of pytest for each part, not pytest-xdist:
+# where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
 NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(shell ls -r notebooks/src/[0-9]*.py))
 
