@@ -176,7 +176,7 @@ def describe_rank(values: Mapping, n_in: int, n_out: int, r: int) -> str:
         f"r = {r} trains {r} x ({n_in} + {n_out}) = {count:,} numbers, {count / whole:.1%} of W's {whole:,}. No matrix of "
         f"rank {r} can hold more than {_share(values['full'], r):.0%} of full fine-tuning's update, in squares."
     )
-    if r in values and r >= 2:
+    if r in values and r > 2:
         words += f" Of the update that LoRA learned with r = {r}, the strongest 2 directions hold {_share(values[r], 2):.0%}."
     return words
 
