@@ -48,7 +48,7 @@ NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(shell ls -r notebooks/s
 
 test: setup lint  ## every check, notebooks and browser included (about 30 minutes on two cores)
 	@$(PYTEST) -m alone
-	@$(MAKE) --no-print-directory --keep-going -j2 test-browser test-package $(NOTEBOOK_TESTS)
+	@$(MAKE) --no-print-directory --keep-going -o setup -j2 test-browser test-package $(NOTEBOOK_TESTS)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PYTEST) -m "alone and not browser and not slow"
