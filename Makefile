@@ -44,7 +44,7 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 # each, or they would wait for each other at every matrix product. A process of pytest for each part, not pytest-xdist:
 # where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
-NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(shell ls -r notebooks/src/[0-9]*.py))
+NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(wildcard notebooks/src/0*.py))
 
 test: setup lint  ## every check, notebooks and browser included (about 30 minutes on two cores)
 	@$(PYTEST) -m alone
