@@ -694,9 +694,9 @@ for name, megabytes, mean, best, worst, highest in figures.stability_table(recor
 # where the base alone speaks, and less at the end: the adapter learns around the rounding. It saves half of the bytes.
 #
 # **Learning rate.** Here runs are won and lost. 1e-4 has hardly begun after these steps. 2e-3 is several times faster than
-# 4e-4. 1e-2 shows what a *loss spike* is: a step too far, a loss above where it all began, and many steps to come back,
-# if it comes back. No setting that saves memory does as much, and no byte counter shows it. Look at the first twenty
-# losses before you leave a run alone.
+# 4e-4. 1e-2 shows what a *loss spike* is: a step too far, a loss above where it all began (4.0 with the second seed), and
+# many steps to come back, if it comes back. No setting that saves memory does as much, and no byte counter shows it. Look
+# at the first twenty losses before you leave a run alone.
 #
 # **r.** At the same rate and the same lora_alpha / r, r = 32 is far ahead of r = 2: Adam moves each number of B by about
 # the rate, and sixteen times as many of them work on the same outputs. In a short run a small r looks like a small
