@@ -3,7 +3,6 @@
 import html
 import math
 import re
-import shutil
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import workshop_utils
+from chromium import TESTED_IN_BROWSER
 from workshop_utils import collectives, sub_world
 from workshop_utils.lora import LoRALinear
 from workshop_utils.network import Link
@@ -106,7 +106,7 @@ def test_a_notebook_shows_it_and_random_numbers_go_on_as_before():
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser to print with")
+@pytest.mark.skipif(not TESTED_IN_BROWSER, reason="no Chromium here (CI must have one)")
 def test_it_is_one_page_of_a4(tmp_path):
     cheatsheet.write_pdf(tmp_path / "sheet.pdf")
     printed = (tmp_path / "sheet.pdf").read_bytes()
