@@ -64,13 +64,20 @@ def recv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None,
 def isend(tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to send. Leave `tensor` as it is until `wait()` has returned."""
     group = group or dist.group.WORLD
-    return start_send(tensor, dist.get_group_rank(group, dst), group, tag)
+    return start_send(tensor, _place(dst, group), group, tag)
 
 
 def irecv(tensor: torch.Tensor, src: int, group: dist.ProcessGroup | None = None, tag: int = 0) -> Transfer:
     """Start to receive. `tensor` holds the message once `wait()` has returned."""
     group = group or dist.group.WORLD
-    return start_recv(tensor, dist.get_group_rank(group, src), group, tag)
+    return start_recv(tensor, _place(src, group), group, tag)
+
+
+def _place(peer: int, group: dist.ProcessGroup) -> int:
+    """Where rank `peer` stands in the group. gloo of torch 2.11 crashes on a rank that is not there."""
+    if group is dist.group.WORLD and not 0 <= peer < dist.get_world_size():
+        raise ValueError(f"there is no rank {peer}: the ranks are 0 to {dist.get_world_size() - 1}")
+    return dist.get_group_rank(group, peer)
 
 
 def start_send(tensor: torch.Tensor, place: int, group: dist.ProcessGroup, tag: int) -> Transfer:

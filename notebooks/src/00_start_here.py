@@ -178,19 +178,19 @@ compare_guess("after the all_reduce", 0 + 1 + 2 + 3)
 # ## When something goes wrong
 #
 # Things will go wrong: that is how one learns this. There are two ways. The first: one rank makes a mistake. Here
-# rank 2 divides by zero while the others wait for it in the `all_reduce`.
+# rank 1 divides by zero while the others wait for it in the `all_reduce`.
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks --expect-error
 numbers = torch.ones(3) * rank
-if rank == 2:
+if rank == 1:
     1 / 0
 dist.all_reduce(numbers)
 
 # %% [markdown]
 # Read such a report from the top. The first line names the rank that failed first; that one is the cause. Below
 # it stands where the other ranks were at that moment: they waited, and nothing was wrong with them. At the end
-# comes rank 2's own traceback. It took about a second, no process died, and the variables are still there. Each
+# comes rank 1's own traceback. It took about a second, no process died, and the variables are still there. Each
 # element is 6 on every rank by now, and four sixes are added:
 
 # %% tags=["nbval-ignore-output"]

@@ -679,7 +679,9 @@ sent_S, budgets_S = {}, dict(zip(algorithms, (3, 2, 1.5, 1.5)))
 for name, all_reduce_ in algorithms.items():
     sent_S[name] = [num_bytes / 8e6 for num_bytes in ranks.run(bytes_sent, all_reduce_)]
     assert max(sent_S[name]) <= budgets_S[name]
-    print(f"{name:17} right in {ranks.run(count_right, all_reduce_)[0]} of 48, S sent: {sent_S[name]}")
+    print(
+        f"{name:17} right in {ranks.run(count_right, all_reduce_)[0]} of {12 * len(ranks)}, S sent: {sent_S[name]}"
+    )
 
 # %% [markdown] tags=["instructor"]
 # **5 min.**
@@ -830,7 +832,9 @@ def show_fit(title, rows):
 
 rounds = 7 if PROFILE == "quick" else 31
 sizes_bytes = [1_000, 8_000, 64_000, 512_000, 4_000_000, 16_000_000]
-loopback, figure = show_fit("The ring here, now", ranks.run(measure_ring, (2, 3, 4), sizes_bytes, rounds)[0])
+loopback, figure = show_fit(
+    "The ring here, now", ranks.run(measure_ring, range(2, len(ranks) + 1), sizes_bytes, rounds)[0]
+)
 
 # %% tags=["measures", "nbval-ignore-output"]
 recorded = json.loads(resources.files("workshop_utils").joinpath("recorded_ring.json").read_text())
@@ -909,7 +913,7 @@ def seconds_on(link, operation, size_bytes):
 
 
 link = Link(latency_s=100e-6, bandwidth_bytes_per_s=25e6)  # 200 Mb/s
-for pairs in ([(1, 0)], [(1, 0), (2, 0), (3, 0)], [(0, 1), (1, 0)]):
+for pairs in ([(1, 0)], [(src, 0) for src in range(1, len(ranks))], [(0, 1), (1, 0)]):
     time_s = max(ranks.run(seconds_on, link, partial(messages, pairs), 2_000_000))
     print(f"{time_s * 1e3:4.0f} ms = {time_s / link.message_s(2_000_000):.2f} (α + S β) for {pairs}")
 

@@ -248,7 +248,7 @@ def summed_gradient(n):
             return flat
 
 
-for n in (2, 4):
+for n in sorted({2, len(ranks)}):
     averaged, whole = ranks.run(summed_gradient, n)[0] / n, part_gradient(0, 1)
     accumulated = sum(part_gradient(part, n) for part in range(n)) / n
     share, same = (averaged != whole).float().mean(), torch.equal(averaged, accumulated)
@@ -1083,7 +1083,7 @@ for name, (weights, held) in trained.items():
 # **4 min.**
 #
 # - *Say*: show each report without its card. The room finds the rank first, then you read the card.
-# - *Ask*: in the first, who is missing from the list? Rank 2, which ended long ago.
+# - *Ask*: in the first, who is missing from the list? Rank 1, which ended long ago.
 # - *Break it*: these three cells are the mistakes; all end by their deadline or by an error, none needs a restart.
 # - *Say*: the third names parameters by number: `indices which did not receive grad: 2 3`.
 
@@ -1098,7 +1098,7 @@ for name, (weights, held) in trained.items():
 # Three mistakes, each really made. Read each report before the card under it: what does it say, which rank would you
 # look at, what would you change?
 #
-# **First.** Rank 2 finds that a batch looks strange, and skips it.
+# **First.** Rank 1 finds that a batch looks strange, and skips it.
 
 # %% tags=["nbval-ignore-output"]
 # %%ranks --expect-error --deadline 2
@@ -1109,7 +1109,7 @@ from workshop_utils.data_parallel import DataParallel
 model = DataParallel(nn.Linear(8, 4))
 for step in range(4):
     images = torch.randn(16, 8)
-    if rank == 2 and step == 1:
+    if rank == 1 and step == 1:
         continue  # this batch looks strange
     model(images).square().mean().backward()
     model.finish_gradient_sync()
@@ -1117,7 +1117,7 @@ for step in range(4):
 # %% [markdown]
 # > **Read this error: ranks wait in `finish_gradient_sync`, one is missing from the list.**
 # >
-# > - *It says* that ranks 0, 1 and 3 wait, and nothing of rank 2. It has ended: it made three all-reduces, the others
+# > - *It says* that ranks 0, 2 and 3 wait, and nothing of rank 1. It has ended: it made three all-reduces, the others
 # >   are in their fourth.
 # > - *Look at* the rank that does not wait, and long before the line where the others hang. From step 1 on, its
 # >   gradients of one step were averaged with the others' of another. Had each rank skipped one batch somewhere, the

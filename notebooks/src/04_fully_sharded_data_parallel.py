@@ -390,7 +390,7 @@ def compare_with_one_process(n, parts):
 
 
 # %% tags=["nbval-ignore-output"]
-for n, parts in ((2, 2), (2, 1), (3, 3), (4, 1)):
+for n, parts in (pair for pair in ((2, 2), (2, 1), (3, 3), (4, 1)) if pair[0] <= len(ranks)):
     off = max(ranks.run(compare_with_one_process, n, parts))
     print(f"{n} ranks, one process with {parts} parts: {'equal' if off == 0 else 'less than 1e-10 apart'}")
     assert off < 1e-10
@@ -756,8 +756,8 @@ assert max(abs(norm - expected) for norm in plain + checkpointed) < 1e-3
 
 # %% tags=["extra", "nbval-ignore-output"]
 def grid_and_prefetch(hybrid, prefetch):
-    names = ("replicate", "shard")[not hybrid :]
-    mesh = init_device_mesh("cpu", (2, 2) if hybrid else (4,), mesh_dim_names=names)
+    names, n = ("replicate", "shard")[not hybrid :], dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, n // 2) if hybrid else (n,), mesh_dim_names=names)
     model, x = deep(), torch.rand(64, 512, generator=torch.Generator().manual_seed(0))
     shard_with_torch(model, model, mesh=mesh)
     for layer, following in zip(model, list(model)[1:]) if prefetch else ():
@@ -772,7 +772,7 @@ if PROFILE == "full":
     for hybrid, prefetch in ((False, False), (False, True), (True, False)):
         shape, step_s, norm = ranks.run(grid_and_prefetch, hybrid, prefetch)[0]
         print(
-            f"2 x 2: {hybrid!s:5} prefetch: {prefetch!s:5} shard {shape}, {step_s * 1e3:.0f} ms, gradient {norm:.6f}"
+            f"2 groups: {hybrid!s:5} prefetch: {prefetch!s:5} shard {shape}, {step_s * 1e3:.0f} ms, gradient {norm:.6f}"
         )
 
 
@@ -802,24 +802,24 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 
-def save_or_load(folder, n):
-    """Save on 4 ranks, load on fewer. Returns all parameters, flat."""
+def save_or_load(folder, n, save):
+    """Save on n ranks, or load what was saved. Returns all parameters, flat."""
     with sub_world(n) as inside:
         if not inside:
             return None
         torch.manual_seed(n)  # other weights in each world, until they are loaded
         model = MLP()
         state = {"model": get_model_state_dict(shard_with_torch(model, model.children()))}
-        (dcp.save if n == 4 else dcp.load)(state, checkpoint_id=folder)
+        (dcp.save if save else dcp.load)(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         return flatten(p.full_tensor() for p in model.parameters())
 
 
 with tempfile.TemporaryDirectory() as folder:
-    for n in (4, 2, 1) if PROFILE == "full" else ():
-        weights = ranks.run(save_or_load, folder, n)[0]
-        saved = weights if n == 4 else saved
-        print(f"saved on 4 ranks, there on {n}: equal {torch.equal(saved, weights)}")
+    for n in (len(ranks), 2, 1) if PROFILE == "full" else ():
+        weights = ranks.run(save_or_load, folder, n, save=n == len(ranks))[0]
+        saved = weights if n == len(ranks) else saved
+        print(f"saved on {len(ranks)} ranks, there on {n}: equal {torch.equal(saved, weights)}")
 
 # %% [markdown] tags=["instructor"]
 # **5 min.**
@@ -1014,9 +1014,9 @@ def communication_s(n, link):
 
 # %% tags=["measures", "nbval-ignore-output"]
 links = {f"{mbit:,} Mb/s": Link(100e-6, mbit * 1e6 / 8) for mbit in (200, 500, 2000)}
-measured_s, worlds = {}, [2, 4, 8, 16, 32, 64]
+measured_s, worlds, few_and_all = {}, [2, 4, 8, 16, 32, 64], sorted({2, len(ranks)})
 for name, link in links.items():
-    for n in (2, 4):
+    for n in few_and_all:
         here_s, arithmetic_s = map(max, zip(*ranks.run(seconds_of_a_step, n, link)[:n]))
         measured_s[name, n] = here_s - arithmetic_s
         print(f"{name}, {n} ranks: communication {measured_s[name, n] * 1e3:.0f} ms", end=", ")
@@ -1024,11 +1024,11 @@ for name, link in links.items():
 
 
 def share(seconds):
-    return seconds / (seconds + arithmetic_s)  # that of four ranks here
+    return seconds / (seconds + arithmetic_s)  # that of all ranks here
 
 
 lines = {name: (worlds, [share(communication_s(k, link)) for k in worlds]) for name, link in links.items()}
-points = {name: ([2, 4], [share(measured_s[name, n]) for n in (2, 4)]) for name in links}
+points = {name: (few_and_all, [share(measured_s[name, n]) for n in few_and_all]) for name in links}
 title = "What communication takes of a step of the MLP"
 figure = plot_communication_share(title, lines, points, xlabel="ranks", log=True)
 
@@ -1112,8 +1112,8 @@ figure = costs.plot_multihost(hosts["rows"])
 # %% tags=["nbval-ignore-output"]
 def mitigated(size=1, hybrid=False, parts=1, keep_whole=False):
     """(S sent, gathers, peak of whole parameters in S) of one step on this rank; a unit has `size` layers."""
-    names = ("replicate", "shard")[not hybrid :]
-    mesh = init_device_mesh("cpu", (2, 2) if hybrid else (4,), mesh_dim_names=names)
+    names, n = ("replicate", "shard")[not hybrid :], dist.get_world_size()
+    mesh = init_device_mesh("cpu", (2, n // 2) if hybrid else (n,), mesh_dim_names=names)
     model, x = deep(256), torch.rand(16, 256)
     S, units = (
         sum(p.nbytes for p in model.parameters()),
@@ -1138,7 +1138,7 @@ configurations = {
     "a unit per layer": {},
     "a unit per 4 layers": {"size": 4},
     "reshard off": {"keep_whole": True},
-    "HSDP, 2 x 2": {"hybrid": True},
+    "HSDP, 2 groups": {"hybrid": True},
     "2 parts": {"parts": 2},
     "2 parts, kept whole": {"parts": 2, "keep_whole": True},
 }
@@ -1154,7 +1154,7 @@ for what, recorded_s, _, _, samples in recorded["mitigations"]:
 # %% [markdown] tags=["instructor"]
 # **3 min.**
 #
-# - *Say*: nobody raised in the first; look for the rank that is somewhere else. It is rank 2, already in backward.
+# - *Say*: nobody raised in the first; look for the rank that is somewhere else. It is rank 1, already in backward.
 # - *Break it*: both cells are the mistakes. The first ends by its deadline of 3 s, the second with the same error on
 #   all ranks.
 # - *Ask*: "storage of size 0": who freed it, and who still uses it?
@@ -1173,7 +1173,7 @@ for what, recorded_s, _, _, samples in recorded["mitigations"]:
 #
 # ## Read this error
 #
-# Two failures, for real. In the first, rank 2 skips the last layer, as a network does that draws which layers to drop
+# Two failures, for real. In the first, rank 1 skips the last layer, as a network does that draws which layers to drop
 # with each rank's own seed.
 
 # %% tags=["nbval-ignore-output"]
@@ -1185,7 +1185,7 @@ from workshop_utils.fully_sharded import FullyShardedDataParallel
 class DropsLayers(nn.Sequential):
     def forward(self, h):
         for i, layer in enumerate(self):
-            if (rank, i) != (2, 3):
+            if (rank, i) != (1, 3):
                 h = layer(h).relu()
         return h
 
@@ -1195,9 +1195,9 @@ model(torch.rand(8, 64)).sum().backward()
 
 # %% [markdown]
 # **What it says.** Nobody raised; all wait. Look for the rank that is somewhere else than the others: three are in the
-# forward and gather a layer, and rank 2 is in backward already.
+# forward and gather a layer, and rank 1 is in backward already.
 #
-# **What happened.** A gather needs all ranks, and rank 2 never comes to this one. Ours gives each unit a number, so
+# **What happened.** A gather needs all ranks, and rank 1 never comes to this one. Ours gives each unit a number, so
 # that units cannot be mixed up. gloo under torch goes by the order alone. There another unit of the same size is taken
 # for this one without a word, and one of another size ends a process: `op.preamble.length <= op.nbytes … collective
 # mismatch`.
