@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast test-browser notebooks solutions slides figures cheatsheet bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast test-browser test-colab notebooks solutions colab slides figures cheatsheet bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-fast: setup lint  ## the checks that run no notebook and no browser (less t
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
 	$(call report,tests/browser)
 
+test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about ten minutes)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/on_colab
+
 .PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:
 	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
@@ -79,6 +82,10 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
+
+# make colab REPO=owner/name REF=tag: with badges; the folder's content then belongs into colab/ at that tag
+colab: setup  ## the notebooks for Colab, in build/colab, each with the helper package inside
+	@$(PY) notebooks/colab.py $(if $(REPO),--repo $(REPO)) $(if $(REF),--ref $(REF))
 
 slides: setup  ## the decks of slides/ as HTML and PDF in build/slides, each slide measured (node and Chromium needed)
 	@$(PY) slides/build.py

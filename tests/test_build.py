@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
-
 import build
 from source import registered_checks
 

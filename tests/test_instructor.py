@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,8 +16,6 @@ from workshop_utils.teaching import fonts
 from workshop_utils.teaching.reveal import reveal_next
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
-
 import build
 from source import SourceError, read_source
 

@@ -1,13 +1,11 @@
 """The report of `make run`, on two small notebooks: one that runs, one that fails."""
 
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "notebooks"))
 import run_all
 
 pytestmark = pytest.mark.slow

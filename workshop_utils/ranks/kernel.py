@@ -236,6 +236,7 @@ class RankKernel:
 def _environment(threads: int, config: dict) -> dict:
     ours = {
         "WORKSHOP_RANK": json.dumps(config),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # or the debugger's advice is a lost rank's last words
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         # Without this gloo listens on whatever interface the host name resolves to.

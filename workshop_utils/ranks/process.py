@@ -33,9 +33,11 @@ class RankProcess:
         self.monitor = Monitor(socket.socket(fileno=fd), connection_file.parent.parent)
         self.monitor.start()
         self.app = IPKernelApp.instance()
-        # Several ranks must not write into one history database; and what C++ says before it aborts must reach
-        # the log, which a pipe that this very process reads would not allow.
+        # Several ranks must not write into one history database; what C++ says before it aborts must reach the
+        # log, which a pipe that this very process reads would not allow; and what a machine adds to every kernel
+        # (Colab: its own page's helpers) is not for ranks.
         quiet = ["--HistoryManager.enabled=False", "--IPKernelApp.capture_fd_output=False"]
+        quiet += ["--IPKernelApp.extensions=[]"]
         self.app.initialize(["-f", str(connection_file), *quiet])
         self.shell = self.app.shell
         self.shell.user_ns.update(torch=torch, dist=dist, rank=rank, world_size=world_size)
