@@ -19,9 +19,17 @@ WHEEL = ""
 
 
 def installed():
-    """{name: version} of every distribution of this Python."""
-    found = importlib.metadata.distributions()
-    return {dist.metadata["Name"].lower().replace("_", "-"): dist.version for dist in found}
+    """{name: version} of every distribution of this Python; without those whose metadata cannot be read."""
+    from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        try:
+            found[canonicalize_name(distribution.metadata["Name"])] = Version(distribution.version).public
+        except (InvalidVersion, TypeError, KeyError, AttributeError):
+            continue
+    return found
 
 
 def wheel_is_installed(digest):
@@ -53,13 +61,14 @@ def install_package(folder):
 def install_what_is_missing(folder):
     """Install what the package needs and is not here. All that is here keeps its version. Returns the names."""
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     here = installed()
     needs = [Requirement(text) for text in importlib.metadata.requires("workshop-utils")]
     needs = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
-    missing = [str(need) for need in needs if need.name.lower().replace("_", "-") not in here]
+    missing = [str(need) for need in needs if canonicalize_name(need.name) not in here]
     for need in needs:
-        version = here.get(need.name.lower().replace("_", "-"))
+        version = here.get(canonicalize_name(need.name))
         if version and not need.specifier.contains(version, prereleases=True):
             print(
                 f"{need.name} {version} is here, and the workshop was made for {need.specifier}. It is left as it is."
@@ -67,7 +76,7 @@ def install_what_is_missing(folder):
     if not missing:
         return []
     kept = folder / "constraints.txt"
-    kept.write_text("".join(f"{name}=={version.split('+')[0]}\n" for name, version in here.items()))
+    kept.write_text("".join(f"{name}=={version}\n" for name, version in here.items()))
     problem = pip_install("--constraint", str(kept), *missing)
     if problem:
         print(f"Could not install {', '.join(missing)}; pip said: {problem.splitlines()[-1]}")

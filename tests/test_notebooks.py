@@ -1,4 +1,6 @@
-"""Every notebook, executed: solutions by papermill and nbval, learner versions unsolved, as a reader's "Run All".
+"""Every notebook, executed: the solutions by nbval, learner versions unsolved, as a reader's "Run All".
+
+papermill runs the solutions too: in a Python like Colab's (tests/on_colab), and with `make run`.
 
 The learner versions are run once. Where there is a browser, that run is the one in JupyterLab (tests/browser), which also
 sees what nbval does not: menus, widgets, output that is shown. Where there is none, nbval runs them here.
@@ -11,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import papermill
 import pytest
 
 from chromium import TESTED_IN_BROWSER
@@ -23,20 +24,6 @@ CELL_LIMIT_S = 120
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(600)]
 each_notebook = pytest.mark.parametrize("stem", STEMS)
-
-
-@each_notebook
-def test_solution_runs(stem, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKSHOP_PROGRESS", str(tmp_path))
-    papermill.execute_notebook(
-        NOTEBOOKS / "solutions" / f"{stem}.ipynb",
-        tmp_path / f"{stem}.ipynb",
-        parameters={"PROFILE": "quick"},
-        cwd=NOTEBOOKS / "solutions",
-        kernel_name="python3",
-        progress_bar=False,
-        execution_timeout=CELL_LIMIT_S,
-    )
 
 
 @each_notebook
