@@ -79,6 +79,7 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
+	@$(PY) docs/gallery.py
 
 slides: setup  ## the decks of slides/ as HTML and PDF in build/slides, each slide measured (node and Chromium needed)
 	@$(PY) slides/build.py

@@ -18,7 +18,11 @@ PICTURES = {
     "memory_bill": ("04_fully_sharded_data_parallel", "memory_bill(7_500_000_000", 1),
     "live_bytes": ("04_fully_sharded_data_parallel", '"One unit at a time', 0),
     "lora_accuracy": ("05_lora", '"Even or odd: full fine-tuning', 0),
-    "intrinsic_dimension": ("06_intrinsic_dimension", 'intrinsic_dimension(percent=90, definition="global")', 0),
+    "intrinsic_dimension": (
+        "06_intrinsic_dimension",
+        'intrinsic_dimension(percent=90, definition="global")',
+        0,
+    ),
     "lora_as_subspace": ("06_intrinsic_dimension", "plot_convergence(compared", 0),
     "nf4_levels": ("07_qlora", "plot_levels(formats)", 0),
     "qlora_bill": ("07_qlora", '"Training with Adam, activations left out"', 1),
@@ -32,11 +36,15 @@ def picture(notebook: str, line: str, number: int) -> bytes:
     cells = json.loads((ROOT / "notebooks" / "solutions" / f"{notebook}.ipynb").read_text("utf-8"))["cells"]
     found = [cell for cell in cells if cell["cell_type"] == "code" and line in "".join(cell["source"])]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} code cells of {notebook} have {line!r}, expected one: see docs/gallery.py")
+        raise ValueError(
+            f"{len(found)} code cells of {notebook} have {line!r}, expected one: see docs/gallery.py"
+        )
     shown = [output.get("data", {}).get("image/png") for output in found[0]["outputs"]]
     pictures = [base64.b64decode(data) for data in shown if data]
     if number >= len(pictures):
-        raise ValueError(f"the cell of {notebook} with {line!r} shows {len(pictures)} pictures, no number {number}")
+        raise ValueError(
+            f"the cell of {notebook} with {line!r} shows {len(pictures)} pictures, no number {number}"
+        )
     return pictures[number]
 
 
