@@ -1,6 +1,7 @@
 """README, changelog, citation and gallery say what the rest of the repository says."""
 
 import importlib.util
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_version_and_date_are_the_same_everywhere():
     assert {"cff-version", "message", "title", "authors"} <= set(citation) and citation[
         "license"
     ] == "Apache-2.0"
+
+
+def test_the_figures_of_the_last_notebooks_are_those_recorded():
+    kept = json.loads((ROOT / "workshop_utils" / "recorded_qlora.json").read_text(encoding="utf-8"))
+    said = " ".join(README.split())
+    count, runs = kept["settings"]["test_records"], kept["runs"]
+    before, after = (
+        round(count * row["exact_match"]["test"]) for row in (kept["base"], runs["qlora seed 0"])
+    )
+    assert after == round(count * runs["lora seed 0"]["exact_match"]["test"])
+    assert f"Of {count} held-out records, {before} are right before and {after} after" in said
+    assert f"{kept['settings']['steps']} steps of QLoRA, a minute and a half" in said
+    assert 80 <= kept["settings"]["steps"] * runs["qlora seed 0"]["step_s"] <= 100
+    for run, words in (("qlora seed 0", "in 4 bits"), ("lora seed 0", "in float32")):
+        size_mb = (runs[run]["model_bytes"] - runs[run]["adapter_bytes"]) / 1e6
+        assert f"{words} ({size_mb:.0f} MB)" in said
 
 
 def test_the_short_table_has_its_place():
