@@ -82,6 +82,7 @@ notebooks: setup  ## build the learner and instructor versions from notebooks/sr
 
 solutions: setup  ## execute the solution versions and keep their outputs
 	@$(PY) notebooks/build.py --execute
+	@$(PY) docs/gallery.py
 
 # make colab REPO=owner/name REF=tag: with badges; the folder's content then belongs into colab/ at that tag
 colab: setup  ## the notebooks for Colab, in build/colab, each with the helper package inside

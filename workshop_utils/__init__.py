@@ -7,7 +7,7 @@ which needs few of them, starts quickly.
 import importlib
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.9.0"
 
 _HOME = {
     "check": "learning",
