@@ -1,0 +1,177 @@
+"""results.json as RESULTS.md, as the plot, and as the short table in README.md.
+
+    python benchmarks/report.py
+
+writes all three anew without measuring anything. results.json maps the name of a comparison to its section (cells.py)
+with "measured", where and when.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from cells import text_of
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+# The short table and the plot: comparison, what, beside what, as in the cells.
+SHORT = [
+    ("all_reduce", "our ring, 1 MB", "gloo"),
+    ("all_reduce", "our ring, 8 MB", "gloo"),
+    ("all_reduce", "our ring, 64 MB", "gloo"),
+    ("data_parallel", "our DataParallel, MLP 784-200-200-10", "DistributedDataParallel"),
+    ("data_parallel", "our DataParallel, 8 x Linear(1024)", "DistributedDataParallel"),
+    ("data_parallel", "our DataParallel with overlap, 8 x Linear(1024), 1 Gb/s", "without overlap"),
+    ("fully_sharded", "our FullyShardedDataParallel, resharding", "fully_shard"),
+    ("ring_in_fsdp", "fully_shard with our ring reduce-scatter", "with gloo's"),
+    ("lora", "our LoRA, MLP 784-200-200-10", "PEFT"),
+    ("subspace", "a step with one-hot P, 1 thread", "ordinary training"),
+    ("subspace", "a step with one-hot P, 1 thread", "dense P"),
+    ("quantization", "our quantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
+    ("quantization", "our dequantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
+    ("quantization", "our dequantise, 2048 x 2048, bfloat16, 1 thread", "bitsandbytes"),
+    ("qlora", "a step of our QLoRA, SmolLM2-135M", "PEFT + bitsandbytes"),
+    ("live_ranks", "start_ranks, the first all-reduced answer", "mp.spawn"),
+    ("live_ranks", "start_ranks, the first all-reduced answer", "ipyparallel"),
+]
+
+
+def load(folder: Path = HERE) -> dict:
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def save(results: dict, folder: Path = HERE) -> None:
+    """Whole or not at all, so that an interrupted run loses nothing."""
+    scratch = folder / "results.json.part"
+    scratch.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, folder / "results.json")
+
+
+def write(results: dict, folder: Path = HERE, readme: Path = README) -> None:
+    """RESULTS.md, results.png and README's block. Raises ValueError where README has no place for its block."""
+    (folder / "RESULTS.md").write_text(full_text(results), encoding="utf-8")
+    draw(short_rows(results), folder / "results.png")
+    readme.write_text(with_block(readme.read_text(encoding="utf-8"), short_text(results)), encoding="utf-8")
+
+
+def full_text(results: dict) -> str:
+    head = (
+        "# Benchmarks\n\n`make bench` writes this file from results.json; `python benchmarks/run.py NAME ...` measures "
+        "some sections again. The machine should be idle: each section says its load average when it began.\n\n"
+        "A ratio is our time divided by the other's in the same round, so below 1 ours is faster: the median of the "
+        "rounds and, in parentheses, between which two values the middle half of them lies.\n\n"
+        "![The ratios of the short table in the README, on a logarithmic axis](results.png)"
+    )
+    return "\n\n".join([head, *map(section_text, results.values())]) + "\n"
+
+
+def section_text(section: dict) -> str:
+    return "\n\n".join(
+        [f"## {section['title']}", section["about"], section["measured"], *map(table_text, section["tables"])]
+    )
+
+
+def table_text(table: dict) -> str:
+    lines = [table["columns"], ["---", *["---:"] * (len(table["columns"]) - 1)]]
+    lines += [[text_of(cell) for cell in row] for row in table["rows"]]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table['caption']}\n\n{text}" if table["caption"] else text
+
+
+def short_rows(results: dict) -> list[tuple[str, str, dict]]:
+    """What, beside what, and the ratio's cell, in the order of SHORT. Raises KeyError for a name no cell has."""
+    rows = []
+    for name, what, beside in SHORT:
+        cells = [
+            cell
+            for table in results.get(name, {"tables": []})["tables"]
+            for row in table["rows"]
+            for cell in row
+            if isinstance(cell, dict) and (cell.get("what"), cell.get("beside")) == (what, beside)
+        ]
+        if name not in results:
+            cells = [{"missing": f"`python benchmarks/run.py {name}` does it"}]
+        if not cells:
+            raise KeyError(
+                f"no ratio of {what!r} beside {beside!r} in {name}: correct SHORT in benchmarks/report.py"
+            )
+        rows.append((what, beside, cells[0]))
+    return rows
+
+
+def short_text(results: dict) -> str:
+    rows = [f"| {what} | {beside} | {text_of(cell)} |" for what, beside, cell in short_rows(results)]
+    series = results.get("series")
+    total = text_of(series["tables"][0]["rows"][-1][1]) if series else "not measured"
+    last = (
+        "Medians, in parentheses the middle half of the rounds; below 1 is faster. The whole series, executed: "
+        f"{total}. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) has all figures and the machine."
+    )
+    return "\n".join(["| what | beside | its time / the other's |", "|---|---|---:|", *rows, "", last])
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` between the two markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"README.md needs one line {BEGIN} and after it one line {END}: the table goes between them"
+        )
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def draw(rows: list[tuple[str, str, dict]], path: Path | None = None):
+    """A line for each ratio: a dot at the median, a bar over the middle half. Returns the figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.pyplot import rc_context
+
+    from workshop_utils.plotting import INK, MUTED, STYLE_FILE, rank_color
+
+    with rc_context(fname=STYLE_FILE):
+        figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)))
+        ax = figure.add_subplot()
+        ax.axvline(1, color=MUTED, linewidth=1)
+        for y, (_, _, cell) in enumerate(rows):
+            if "missing" in cell:
+                continue
+            ax.plot(
+                [cell["low"], cell["high"]],
+                [y, y],
+                color=rank_color(0),
+                solid_capstyle="butt",
+                linewidth=3,
+                alpha=0.4,
+            )
+            ax.plot(cell["median"], y, "o", color=rank_color(0))
+        for y, (_, _, cell) in enumerate(rows):
+            text = "not measured" if "missing" in cell else text_of(cell)
+            ax.annotate(
+                text,
+                (1, y),
+                (6, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(rows)), [f"{what}  /  {beside}" for what, beside, _ in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.grid(axis="both")
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel("time / the other's time; left of 1 is faster")
+        if path:
+            figure.savefig(path)
+    return figure
+
+
+if __name__ == "__main__":
+    try:
+        write(load())
+    except (KeyError, ValueError) as error:
+        sys.exit(str(error))
