@@ -53,7 +53,7 @@ def run(world_size: int = WORLD_SIZE, rounds: int = ROUNDS) -> dict:
 
 def row(name: str, trials: list[dict] | None, first_s: dict[str, list[float]]) -> list:
     """trials: of this contender; None where it could not be had."""
-    what = "start_ranks, the first all-reduced answer"
+    what = "start_ranks, until the first all-reduced answer"
     if trials is None:
         why = "could not be installed"
         return [name, missing(why), missing(why, what, name), missing(why), missing(why), missing(why)]

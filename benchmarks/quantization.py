@@ -52,10 +52,10 @@ def row(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> list:
         *cells_of(
             lambda: quantize_nf4(weight),
             lambda: bnb.quantize_4bit(weight, **settings),
-            f"our quantise, {where}",
+            f"our NF4 quantise, {where}",
         ),
         *cells_of(
-            lambda: dequantize_nf4(ours), lambda: bnb.dequantize_4bit(*theirs), f"our dequantise, {where}"
+            lambda: dequantize_nf4(ours), lambda: bnb.dequantize_4bit(*theirs), f"our NF4 dequantise, {where}"
         ),
     ]
 

@@ -28,14 +28,14 @@ SHORT = [
     ("fully_sharded", "our FullyShardedDataParallel, resharding", "fully_shard"),
     ("ring_in_fsdp", "fully_shard with our ring reduce-scatter", "with gloo's"),
     ("lora", "our LoRA, MLP 784-200-200-10", "PEFT"),
-    ("subspace", "a step with one-hot P, 1 thread", "ordinary training"),
-    ("subspace", "a step with one-hot P, 1 thread", "dense P"),
-    ("quantization", "our quantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
-    ("quantization", "our dequantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
-    ("quantization", "our dequantise, 2048 x 2048, bfloat16, 1 thread", "bitsandbytes"),
+    ("subspace", "a step in a one-hot subspace of 750, 1 thread", "ordinary training"),
+    ("subspace", "a step in a one-hot subspace of 750, 1 thread", "a dense one"),
+    ("quantization", "our NF4 quantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
+    ("quantization", "our NF4 dequantise, 2048 x 2048, float32, 1 thread", "bitsandbytes"),
+    ("quantization", "our NF4 dequantise, 2048 x 2048, bfloat16, 1 thread", "bitsandbytes"),
     ("qlora", "a step of our QLoRA, SmolLM2-135M", "PEFT + bitsandbytes"),
-    ("live_ranks", "start_ranks, the first all-reduced answer", "mp.spawn"),
-    ("live_ranks", "start_ranks, the first all-reduced answer", "ipyparallel"),
+    ("live_ranks", "start_ranks, until the first all-reduced answer", "mp.spawn"),
+    ("live_ranks", "start_ranks, until the first all-reduced answer", "ipyparallel"),
 ]
 
 
@@ -76,9 +76,9 @@ def section_text(section: dict) -> str:
 
 
 def table_text(table: dict) -> str:
-    lines = [table["columns"], ["---", *["---:"] * (len(table["columns"]) - 1)]]
-    lines += [[text_of(cell) for cell in row] for row in table["rows"]]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [table["columns"], *([text_of(cell) for cell in row] for row in table["rows"])]
+    head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+    text = "\n".join([head, f"|---|{'---:|' * (len(table['columns']) - 1)}", *lines])
     return f"{table['caption']}\n\n{text}" if table["caption"] else text
 
 
@@ -108,7 +108,7 @@ def short_text(results: dict) -> str:
     series = results.get("series")
     total = text_of(series["tables"][0]["rows"][-1][1]) if series else "not measured"
     last = (
-        "Medians, in parentheses the middle half of the rounds; below 1 is faster. The whole series, executed: "
+        "Medians, in parentheses the middle half of the rounds; below 1 is faster. The whole series,\nexecuted: "
         f"{total}. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) has all figures and the machine."
     )
     return "\n".join(["| what | beside | its time / the other's |", "|---|---|---:|", *rows, "", last])
@@ -127,11 +127,12 @@ def with_block(text: str, block: str) -> str:
 def draw(rows: list[tuple[str, str, dict]], path: Path | None = None):
     """A line for each ratio: a dot at the median, a bar over the middle half. Returns the figure."""
     from matplotlib.figure import Figure
-    from matplotlib.pyplot import rc_context
+    from matplotlib.style import context
+    from matplotlib.ticker import LogLocator, NullLocator
 
     from workshop_utils.plotting import INK, MUTED, STYLE_FILE, rank_color
 
-    with rc_context(fname=STYLE_FILE):
+    with context(STYLE_FILE):
         figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)))
         ax = figure.add_subplot()
         ax.axvline(1, color=MUTED, linewidth=1)
@@ -160,6 +161,9 @@ def draw(rows: list[tuple[str, str, dict]], path: Path | None = None):
                 color=INK,
             )
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.set_yticks(range(len(rows)), [f"{what}  /  {beside}" for what, beside, _ in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.grid(axis="both")

@@ -47,13 +47,13 @@ def table_of(models: dict, threads: int) -> dict:
     plural = "s" if threads > 1 else ""
     rows = []
     for name, model in models.items():
-        what = f"a step with {name.replace('_', '-')} P, {threads} thread{plural}"
+        what = f"a step in a {name.replace('_', '-')} subspace of {D_SUBSPACE}, {threads} thread{plural}"
         beside = {
             base: "" if base == name else ratio(times_s[name], times_s[base], what, title)
-            for base, title in {"ordinary training": "ordinary training", "dense": "dense P"}.items()
+            for base, title in {"ordinary training": "ordinary training", "dense": "a dense one"}.items()
         }
         rows.append([name, memory(model), milliseconds(times_s[name], 1), *beside.values()])
-    columns = ["projection", "memory of P", "step", "times ordinary training's", "times dense P's"]
+    columns = ["projection", "memory of P", "step", "times ordinary training's", "times the dense one's"]
     return table(columns, rows, f"{threads} thread{plural}:")
 
 
