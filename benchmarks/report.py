@@ -107,11 +107,8 @@ def short_text(results: dict) -> str:
     rows = [f"| {what} | {beside} | {text_of(cell)} |" for what, beside, cell in short_rows(results)]
     series = results.get("series")
     total = text_of(series["tables"][0]["rows"][-1][1]) if series else "not measured"
-    last = (
-        "Medians, in parentheses the middle half of the rounds; below 1 is faster. The whole series,\nexecuted: "
-        f"{total}. [benchmarks/RESULTS.md](benchmarks/RESULTS.md) has all figures and the machine."
-    )
-    return "\n".join(["| what | beside | its time / the other's |", "|---|---|---:|", *rows, "", last])
+    last = f"In parentheses: the middle half of the rounds. The whole series, one notebook after the other: {total}."
+    return "\n".join(["| what | beside | ratio |", "|---|---|---:|", *rows, "", last])
 
 
 def with_block(text: str, block: str) -> str:
@@ -130,44 +127,29 @@ def draw(rows: list[tuple[str, str, dict]], path: Path | None = None):
     from matplotlib.style import context
     from matplotlib.ticker import LogLocator, NullLocator
 
-    from workshop_utils.plotting import INK, MUTED, STYLE_FILE, rank_color
+    from workshop_utils.plotting import MUTED, STYLE_FILE, rank_color
 
+    ys = [y for y, (_, _, cell) in enumerate(rows) if "median" in cell]
+    lows, medians, highs = ([rows[y][2][key] for y in ys] for key in ("low", "median", "high"))
     with context(STYLE_FILE):
         figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)))
         ax = figure.add_subplot()
         ax.axvline(1, color=MUTED, linewidth=1)
-        for y, (_, _, cell) in enumerate(rows):
-            if "missing" in cell:
-                continue
-            ax.plot(
-                [cell["low"], cell["high"]],
-                [y, y],
-                color=rank_color(0),
-                solid_capstyle="butt",
-                linewidth=3,
-                alpha=0.4,
-            )
-            ax.plot(cell["median"], y, "o", color=rank_color(0))
-        for y, (_, _, cell) in enumerate(rows):
-            text = "not measured" if "missing" in cell else text_of(cell)
-            ax.annotate(
-                text,
-                (1, y),
-                (6, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=INK,
-            )
+        ax.hlines(ys, lows, highs, color=rank_color(0), linewidth=6, alpha=0.35)
+        ax.plot(medians, ys, "o", color=rank_color(0), markersize=4)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_yticks(range(len(rows)), [f"{what}  /  {beside}" for what, beside, _ in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.grid(axis="both")
-        ax.tick_params(axis="y", length=0)
+        ax.set_yticks(range(len(rows)), [f"{what}  /  {beside}" for what, beside, _ in rows])
+        right = ax.secondary_yaxis("right")
+        numbers = [text_of(cell) if "median" in cell else "not measured" for _, _, cell in rows]
+        right.set_yticks(range(len(rows)), numbers)
+        right.spines["right"].set_visible(False)
+        for axis in (ax, right):
+            axis.tick_params(axis="y", length=0)
+        ax.grid()
         ax.set_xlabel("time / the other's time; left of 1 is faster")
         if path:
             figure.savefig(path)
