@@ -94,7 +94,7 @@ slides: setup  ## the decks of slides/ as HTML and PDF in build/slides, each sli
 figures: setup  ## the slides' figures alone, in build/figures
 	@$(PY) slides/figures.py
 
-bench: setup  ## measure ours beside torch's and write the table to benchmarks/ (about 5 minutes on an idle machine)
+bench: setup  ## measure everything beside the libraries; the tables go to benchmarks/ and README (about 12 minutes, idle)
 	@$(PY) benchmarks/run.py
 
 cheatsheet: setup  ## print the cheat sheet: build/cheatsheet.pdf, one page

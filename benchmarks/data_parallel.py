@@ -1,14 +1,15 @@
 """DataParallel beside torch's DistributedDataParallel, and overlap on beside overlap off, on 4 ranks."""
 
 import copy
-import statistics
-import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from cells import milliseconds, ratio, section, table
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from turns import slowest, take_turns
 
 from workshop_utils import start_ranks
 from workshop_utils.data_parallel import DataParallel
@@ -18,7 +19,7 @@ from workshop_utils.point_to_point import emulate_link
 
 TITLE = "Data parallelism: ours beside torch's"
 WORLD_SIZE = 4
-ROUNDS = 41
+ROUNDS, LINK_ROUNDS = 41, 11
 LINK = Link(50e-6, 125e6)  # 1 Gb/s Ethernet
 OVERLAP_BUCKET_BYTES = 4 * 2**20
 
@@ -37,44 +38,44 @@ MODELS = {
 }
 
 
-def run() -> str:
+def run() -> dict:
+    """A table of models, and one of overlap."""
     with start_ranks(WORLD_SIZE) as ranks:
-        rows = []
-        for name in MODELS:
-            ours, theirs = slowest(ranks.run(beside_torch, name, ROUNDS))
-            ratio = spread([a / b for a, b in zip(ours, theirs)])
-            rows.append(f"| {name} | {statistics.median(theirs) * 1e3:.2f} ms | {ratio} |")
-        on, off = slowest(ranks.run(overlap_on_and_off, 11))
-    ratio = spread([a / b for a, b in zip(on, off)])
-    return (
+        rows = [row(name, slowest(ranks.run(beside_torch, name))) for name in MODELS]
+        on, off = slowest(ranks.run(overlap_on_and_off))
+    overlap = ratio(on, off, "our DataParallel with overlap, 8 x Linear(1024), 1 Gb/s", "without overlap")
+    return section(
+        TITLE,
         f"{WORLD_SIZE} ranks with one thread each, batch of 64 per rank, float32, SGD. A step is zero_grad, forward, "
         "backward, synchronisation, optimizer step. The two take turns within a round, a barrier before each; the "
-        f"time is the slowest rank's. {ROUNDS} rounds; torch's: the median. Ours: the median of its time divided by "
-        "torch's in the same round, and between which two values the middle half of the rounds lies.\n\n"
-        "| model | DistributedDataParallel | DataParallel |\n|---|---:|---:|\n" + "\n".join(rows) + "\n\n"
-        f"DataParallel with overlap beside without, 8 x Linear(1024), batch of 512 per rank, buckets of 4 MiB, every "
-        f"rank behind an emulated link of 1 Gb/s: {statistics.median(on) * 1e3:.0f} ms and "
-        f"{statistics.median(off) * 1e3:.0f} ms a step, ratio {ratio}."
+        f"time is the slowest rank's. {ROUNDS} rounds; torch's: the median. Ours: its time divided by torch's in the "
+        "same round.",
+        table(["model", "DistributedDataParallel", "DataParallel"], rows),
+        table(
+            ["model", "without overlap", "with overlap", "with / without"],
+            [["8 x Linear(1024)", milliseconds(off, 0), milliseconds(on, 0), overlap]],
+            "DataParallel with overlap beside without, batch of 512 per rank, buckets of 4 MiB, every rank behind an "
+            f"emulated link of 1 Gb/s, {LINK_ROUNDS} rounds:",
+        ),
     )
 
 
-def slowest(by_rank) -> list[list[float]]:
-    """Of each contestant, in each round, the time of the rank that took longest."""
-    return [[max(times) for times in zip(*of_ranks)] for of_ranks in zip(*by_rank)]
+def row(name: str, times_s: list[list[float]]) -> list:
+    ours, theirs = times_s
+    what = f"our DataParallel, {name.split(',')[0]}"
+    return [name, milliseconds(theirs), ratio(ours, theirs, what, "DistributedDataParallel")]
 
 
-def spread(ratios: list[float]) -> str:
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
-
-
-def beside_torch(name: str, rounds: int) -> list[list[float]]:
+def beside_torch(name: str) -> list[list[float]]:
+    """On a rank: ours, torch's."""
     net, inputs, labels = MODELS[name]()
     contestants = [DataParallel(net), DistributedDataParallel(copy.deepcopy(net))]
-    return take_turns(contestants, inputs, labels, rounds)
+    steps = [stepper(model, inputs, labels) for model in contestants]
+    return take_turns(steps, ROUNDS, before=dist.barrier)
 
 
-def overlap_on_and_off(rounds: int) -> list[list[float]]:
+def overlap_on_and_off() -> list[list[float]]:
+    """On a rank: with overlap, without."""
     net, _, _ = eight_linear()
     inputs = torch.randn(512, 1024)
     contestants = [
@@ -82,21 +83,13 @@ def overlap_on_and_off(rounds: int) -> list[list[float]]:
         for overlap in (True, False)
     ]
     with emulate_link(LINK):
-        return take_turns(contestants, inputs, None, rounds)
+        steps = [stepper(model, inputs, None) for model in contestants]
+        return take_turns(steps, LINK_ROUNDS, before=dist.barrier)
 
 
-def take_turns(contestants: list[nn.Module], inputs, labels, rounds: int) -> list[list[float]]:
-    """On a rank. Who begins changes from round to round; the first three rounds warm up."""
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in contestants]
-    times_s = [[] for _ in contestants]
-    for i in range(rounds + 3):
-        for k in range(len(contestants)):
-            who = (i + k) % len(contestants)
-            dist.barrier()
-            began_s = time.perf_counter()
-            step(contestants[who], optimizers[who], inputs, labels)
-            times_s[who].append(time.perf_counter() - began_s)
-    return [times[3:] for times in times_s]
+def stepper(model: nn.Module, inputs, labels):
+    """A function that does one training step of `model`."""
+    return partial(step, model, torch.optim.SGD(model.parameters(), lr=0.01), inputs, labels)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs, labels) -> None:

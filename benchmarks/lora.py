@@ -1,12 +1,12 @@
 """LoRALinear beside PEFT's LoRA layer, and the multiply-adds of a step counted beside the formula."""
 
 import copy
-import statistics
-import time
 
 import torch
+from cells import milliseconds, number, ratio, section, table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from turns import seconds_of, take_turns
 
 from workshop_utils.lora import LoRALinear, apply_lora
 from workshop_utils.models import MLP
@@ -21,29 +21,31 @@ LAYERS = [(784, 200, 128), (200, 200, 128), (200, 10, 128), (1024, 1024, 128), (
 COUNTED = [(256, 4), (1024, 16), (1024, 64)]  # N, r
 
 
-def run() -> str:
+def run() -> dict:
+    """A table of times, and one of multiply-adds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        layers = "\n".join(layer_row(*sizes) for sizes in LAYERS)
-        model = model_row()
-        counted = "\n".join(counted_row(*sizes) for sizes in COUNTED)
+        rows = [*(layer_row(*sizes) for sizes in LAYERS), model_row()]
+        counted = [counted_row(*sizes) for sizes in COUNTED]
     finally:
         torch.set_num_threads(threads)
-    return (
+    return section(
+        TITLE,
         f"Forward and backward of one layer, r = {R}, no dropout, float32, one thread; the input asks for its gradient "
         f"too. The two take turns within a round, each several times, and who begins changes. {ROUNDS} rounds; PEFT's: "
-        "the median. Ours: the median of its time divided by PEFT's in the same round, and between which two values "
-        "the middle half of the rounds lies.\n\n"
-        f"| layer | PEFT | LoRALinear |\n|---|---:|---:|\n{layers}\n{model}\n\n"
-        "Multiply-adds per row of the input of one forward and backward, N x N, counted by torch's FlopCounterMode "
-        "(which counts two operations for each), beside the formulas.\n\n"
-        "| N | r | LoRA, counted | 2N^2 + 6Nr | full, counted | 3N^2 | LoRA / full |\n"
-        f"|---:|---:|---:|---:|---:|---:|---:|\n{counted}"
+        "the median. Ours: its time divided by PEFT's in the same round.",
+        table(["layer", "PEFT", "LoRALinear"], rows),
+        table(
+            ["N", "r", "LoRA, counted", "2N^2 + 6Nr", "full, counted", "3N^2", "LoRA / full"],
+            counted,
+            "Multiply-adds per row of the input of one forward and backward, N x N, counted by torch's FlopCounterMode "
+            "(which counts two operations for each), beside the formulas:",
+        ),
     )
 
 
-def layer_row(in_features: int, out_features: int, rows: int) -> str:
+def layer_row(in_features: int, out_features: int, rows: int) -> list:
     from peft import LoraConfig  # takes seconds to import, and the other comparisons need none of it
     from peft.tuners.lora import Linear as PeftLinear
 
@@ -56,7 +58,7 @@ def layer_row(in_features: int, out_features: int, rows: int) -> str:
     return row(f"Linear({in_features}, {out_features}), {rows} rows", ours, theirs, x)
 
 
-def model_row() -> str:
+def model_row() -> list:
     from peft import LoraConfig, get_peft_model
 
     base = MLP()
@@ -65,42 +67,37 @@ def model_row() -> str:
     return row("MLP 784-200-200-10, 128 rows", ours, theirs, torch.rand(128, 784))
 
 
-def row(name: str, ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> str:
-    times_s = take_turns([ours, theirs], x)
-    low, median, high = statistics.quantiles([a / b for a, b in zip(*times_s)], n=4)
-    return (
-        f"| {name} | {statistics.median(times_s[1]) * 1e3:.3f} ms | {median:.2f} ({low:.2f} to {high:.2f}) |"
-    )
+def row(name: str, ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> list:
+    steps = [stepper(model, x) for model in (ours, theirs)]
+    repeats = max(1, round(ROUND_S / seconds_of(steps[1], 3)))
+    ours_s, theirs_s = take_turns(steps, ROUNDS, repeats=repeats)
+    return [
+        name,
+        milliseconds(theirs_s, 3),
+        ratio(ours_s, theirs_s, f"our LoRA, {name.rsplit(',', 1)[0]}", "PEFT"),
+    ]
 
 
-def take_turns(contestants: list[nn.Module], x: torch.Tensor) -> list[list[float]]:
-    """Seconds of one forward and backward, of each, in each round; the first three rounds warm up."""
-    trained = [[p for p in model.parameters() if p.requires_grad] + [x] for model in contestants]
-    repeats = max(1, round(ROUND_S / seconds_of(contestants[1], trained[1], x, 3)))
-    times_s = [[] for _ in contestants]
-    for i in range(ROUNDS + 3):
-        for k in range(len(contestants)):
-            who = (i + k) % len(contestants)
-            times_s[who].append(seconds_of(contestants[who], trained[who], x, repeats))
-    return [times[3:] for times in times_s]
+def stepper(model: nn.Module, x: torch.Tensor):
+    """A function that does one forward and backward."""
+    tensors = [p for p in model.parameters() if p.requires_grad] + [x]
 
-
-def seconds_of(model: nn.Module, tensors: list[torch.Tensor], x: torch.Tensor, repeats: int) -> float:
-    began_s = time.perf_counter()
-    for _ in range(repeats):
+    def step() -> None:
         for tensor in tensors:
             tensor.grad = None
         model(x).sum().backward()
-    return (time.perf_counter() - began_s) / repeats
+
+    return step
 
 
-def counted_row(n: int, r: int) -> str:
+def counted_row(n: int, r: int) -> list:
     rows = 8
     x = torch.randn(rows, n, requires_grad=True)
     lora = multiply_adds(LoRALinear(nn.Linear(n, n), r, r), x) / rows
     full = multiply_adds(nn.Linear(n, n), x) / rows
     predicted, predicted_full = 2 * n * n + 6 * n * r, 3 * n * n
-    return f"| {n} | {r} | {lora:,.0f} | {predicted:,} | {full:,.0f} | {predicted_full:,} | {predicted / predicted_full:.3f} |"
+    counts = [number(count) for count in (lora, predicted, full, predicted_full)]
+    return [str(n), number(r), *counts, number(predicted / predicted_full, 3)]
 
 
 def multiply_adds(layer: nn.Module, x: torch.Tensor) -> float:

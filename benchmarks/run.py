@@ -1,58 +1,62 @@
-"""`make bench`: run every comparison and write benchmarks/RESULTS.md.
+"""`make bench`: run every comparison; results.json, RESULTS.md, results.png and README's table say what came out.
 
-A comparison is a module beside this one with `TITLE` and `run() -> str`, its text and table in Markdown. Add it to
-COMPARISONS. `python benchmarks/run.py NAME ...` runs some of them and prints their tables without writing the file.
+A comparison is a module beside this one with `run() -> dict`, its section (cells.py). Name it in COMPARISONS.
+`python benchmarks/run.py NAME ...` runs some of them; the sections of the others stay. All is written after each
+comparison, so an interrupted run keeps what it has measured.
 """
 
+import importlib
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
-import all_reduce
-import data_parallel
-import fully_sharded
-import lora
-import qlora
-import quantization
-import ring_in_fsdp
-import subspace
+import report
 import torch
 
-COMPARISONS = {
-    "all_reduce": all_reduce,
-    "data_parallel": data_parallel,
-    "fully_sharded": fully_sharded,
-    "ring_in_fsdp": ring_in_fsdp,
-    "lora": lora,
-    "subspace": subspace,
-    "quantization": quantization,
-    "qlora": qlora,
-}
-RESULTS = Path(__file__).parent / "RESULTS.md"
+COMPARISONS = [
+    "all_reduce",
+    "data_parallel",
+    "fully_sharded",
+    "ring_in_fsdp",
+    "lora",
+    "subspace",
+    "quantization",
+    "qlora",
+    "live_ranks",
+    "series",
+]
 
 
 def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in COMPARISONS]
     if unknown:
         sys.exit(f"unknown comparison {', '.join(unknown)}: choose from {', '.join(COMPARISONS)}")
-    sections = [machine()]
+    results = report.load()
     for name in names or COMPARISONS:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        sections.append(f"## {COMPARISONS[name].TITLE}\n\n{COMPARISONS[name].run()}")
-    text = "\n\n".join(["# Benchmarks", *sections]) + "\n"
-    print(text)
-    if not names:
-        RESULTS.write_text(text, encoding="utf-8")
-        print(f"written to {RESULTS}", file=sys.stderr)
+        print(f"{name} ...", flush=True)
+        results[name] = measured(name)
+        results = {known: results[known] for known in COMPARISONS if known in results}
+        report.save(results)
+        print(report.section_text(results[name]), end="\n\n", flush=True)
+        report.write(results)
+
+
+def measured(name: str) -> dict:
+    """The section of a comparison, with when, where and under which load it was measured."""
+    when, load, began_s = time.strftime("%Y-%m-%d %H:%M"), os.getloadavg()[0], time.monotonic()
+    section = importlib.import_module(name).run()
+    section["measured"] = (
+        f"Measured {when} in {time.monotonic() - began_s:.0f} s on {machine()}. Load average before: {load:.1f}."
+    )
+    return section
 
 
 def machine() -> str:
-    load = f"{os.getloadavg()[0]:.1f}"
     return (
-        "`make bench` writes this file; the machine should be idle.\n\n"
         f"{os.cpu_count()} cores ({cpu_model()}), {platform.system()}, Python {platform.python_version()}, "
-        f"torch {torch.__version__}. Load average before the run: {load}."
+        f"torch {torch.__version__}"
     )
 
 

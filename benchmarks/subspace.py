@@ -1,9 +1,10 @@
 """A step in a random subspace beside a step of ordinary training and beside a dense projection."""
 
-import statistics
-import time
+from functools import partial
 
 import torch
+from cells import milliseconds, number, ratio, section, table
+from turns import take_turns
 
 from workshop_utils.memory import held_bytes
 from workshop_utils.models import MLP
@@ -13,57 +14,48 @@ from workshop_utils.training import train_step
 
 TITLE = "Random subspaces: each projection beside a dense one and beside ordinary training"
 D_SUBSPACE, BATCH = 750, 128
-ROUNDS, WARM_UP = 30, 4
+ROUNDS = 30
 THREADS = (1, 2)
 
 
-def run() -> str:
+def run() -> dict:
+    """A table for each number of threads."""
     models = {"ordinary training": MLP()}
     models |= {kind: RandomSubspace(MLP(), D_SUBSPACE, projection=kind) for kind in KINDS}
     threads = torch.get_num_threads()
     try:
-        tables = [table(models, n) for n in THREADS]
+        tables = [table_of(models, count) for count in THREADS]
     finally:
         torch.set_num_threads(threads)
-    return (
+    return section(
+        TITLE,
         f"MLP 784-200-200-10, D = 199,210, d = {D_SUBSPACE:,}, batch of {BATCH}, float32, Adam. A step is zero_grad, "
-        "forward, backward, optimizer step. All take turns within a round; ratios are medians over "
-        f"{ROUNDS} rounds of the times of one round, and between which two values the middle half lies. Memory: the "
-        "buffers of P alone.\n\n" + "\n\n".join(tables)
+        f"forward, backward, optimizer step. All take turns within a round, {ROUNDS} rounds; ratios are of the times of "
+        "one round. Memory: the buffers of P alone.",
+        *tables,
     )
 
 
-def table(models: dict, threads: int) -> str:
+def table_of(models: dict, threads: int) -> dict:
     torch.set_num_threads(threads)
-    times_s = take_turns(models)
-    rows = [
-        f"| {name} | {memory(model)} | {statistics.median(times_s[name]) * 1e3:.1f} ms | "
-        f"{ratio(times_s[name], times_s['ordinary training'])} | {ratio(times_s['dense'], times_s[name])} |"
-        for name, model in models.items()
-    ]
-    return (
-        f"{threads} thread{'s' if threads > 1 else ''}:\n\n"
-        "| projection | memory of P | step | times ordinary training's | times as fast as dense |\n"
-        "|---|---:|---:|---:|---:|\n" + "\n".join(rows)
-    )
-
-
-def memory(model) -> str:
-    return f"{held_bytes(model.P.buffers()) / 1e6:.1f} MB" if isinstance(model, RandomSubspace) else ""
-
-
-def take_turns(models: dict) -> dict[str, list[float]]:
     images, labels = torch.rand(BATCH, 784), torch.randint(10, (BATCH,))
-    optimizers = {name: torch.optim.Adam(model.parameters()) for name, model in models.items()}
-    times_s = {name: [] for name in models}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, model in models.items():
-            began_s = time.perf_counter()
-            train_step(model, optimizers[name], images, labels)
-            times_s[name].append(time.perf_counter() - began_s)
-    return {name: times[WARM_UP:] for name, times in times_s.items()}
+    steps = [
+        partial(train_step, model, torch.optim.Adam(model.parameters()), images, labels)
+        for model in models.values()
+    ]
+    times_s = dict(zip(models, take_turns(steps, ROUNDS), strict=True))
+    plural = "s" if threads > 1 else ""
+    rows = []
+    for name, model in models.items():
+        what = f"a step in a {name.replace('_', '-')} subspace of {D_SUBSPACE}, {threads} thread{plural}"
+        beside = {
+            base: "" if base == name else ratio(times_s[name], times_s[base], what, title)
+            for base, title in {"ordinary training": "ordinary training", "dense": "a dense one"}.items()
+        }
+        rows.append([name, memory(model), milliseconds(times_s[name], 1), *beside.values()])
+    columns = ["projection", "memory of P", "step", "times ordinary training's", "times the dense one's"]
+    return table(columns, rows, f"{threads} thread{plural}:")
 
 
-def ratio(ones: list[float], others: list[float]) -> str:
-    low, median, high = statistics.quantiles([a / b for a, b in zip(ones, others, strict=True)], n=4)
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
+def memory(model) -> str | dict:
+    return number(held_bytes(model.P.buffers()) / 1e6, 1, " MB") if isinstance(model, RandomSubspace) else ""
