@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast test-browser notebooks solutions slides figures cheatsheet bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast test-browser test-gpu notebooks solutions slides figures cheatsheet bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ test-fast: setup lint  ## the checks that run no notebook and no browser (less t
 
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
 	$(call report,tests/browser)
+
+# Its own conftest.py alone, and no set-up: a machine with a GPU has torch, transformers and pytest, and perhaps no network.
+test-gpu:  ## what needs a GPU, with .venv or your own torch: make test-gpu PYTHON=python3
+	@$(firstword $(PYTHON) $(wildcard $(PY)) python3) -m pytest tests/gpu --confcutdir=tests/gpu -m gpu
 
 .PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:
