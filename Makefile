@@ -7,7 +7,8 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast test-browser test-colab notebooks solutions colab slides figures cheatsheet bench doctor lock clean
+.PHONY: help setup lab fetch run test test-fast test-browser test-colab test-gpu notebooks solutions colab slides figures \
+  cheatsheet bench doctor lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +60,10 @@ test-browser: setup  ## JupyterLab in a real browser: every learner notebook, ev
 
 test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about ten minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/on_colab
+
+# Its own conftest.py alone, and no set-up: a machine with a GPU has torch, transformers and pytest, and perhaps no network.
+test-gpu:  ## what needs a GPU, with .venv or your own torch: make test-gpu PYTHON=python3
+	@$(firstword $(PYTHON) $(wildcard $(PY)) python3) -m pytest tests/gpu --confcutdir=tests/gpu -m gpu
 
 .PHONY: test-package $(NOTEBOOK_TESTS)
 test-package:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 
 # name -> (magic number of the IDX format, shape)
@@ -70,6 +69,8 @@ def load_mnist(source: str = "auto") -> MNIST:
 
 def cache_folder() -> Path:
     """Where a download is kept, in torchvision's layout."""
+    import platformdirs  # only where a folder is asked for: the GPU tests run without it
+
     return platformdirs.user_cache_path("workshop-utils")
 
 

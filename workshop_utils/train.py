@@ -54,7 +54,9 @@ class Run:
     resumed_at: int = 0
     losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
-    bytes_sent: int | None = None  # by the collectives of the steps; None where the system does not tell
+    bytes_sent: int | None = (
+        None  # by the collectives of the steps; None where the system does not tell, and for nccl
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,26 +118,36 @@ def end(status: int, message: str | None = None) -> None:
 
 def join_group(options: argparse.Namespace) -> torch.device:
     """Join the process group that torchrun's variables describe, unless this run is single. Returns the device."""
-    local_rank = told("LOCAL_RANK", 0)
-    local_world_size = told("LOCAL_WORLD_SIZE", 1)
-    on_gpu = torch.cuda.device_count() >= local_world_size  # nccl refuses two ranks on one GPU
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    device = choose_device(told("LOCAL_RANK", 0), told("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if options.strategy != "single":
         timeout = datetime.timedelta(seconds=options.timeout_s)
-        one_machine = local_world_size == told("WORLD_SIZE", 1)
+        one_machine = told("LOCAL_WORLD_SIZE", 1) == told("WORLD_SIZE", 1)
         if one_machine:  # nothing has to leave it
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if platform.system() == "Darwin" else "lo")
+            loopback = "lo0" if platform.system() == "Darwin" else "lo"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         if one_machine:
             # torchrun keeps one store for all attempts: without a name of its own, an attempt may read where the
             # processes of the one before were listening, and wait for the dead. Several hosts need not have counted
             # the same number of restarts: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store each time.
             store = dist.PrefixStore(f"attempt {told('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        backend = "nccl" if on_gpu else "gloo"
+        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return device
+
+
+def choose_device(local_rank: int, local_world_size: int) -> torch.device:
+    """The GPU with this rank's number where the host has one for each of its ranks, otherwise the CPU.
+
+    All ranks of a host choose alike, and nccl, which refuses two ranks on one GPU, goes with the GPUs and gloo with the
+    CPU. So all hosts of a run must have GPUs for their ranks, or none.
+    """
+    if torch.cuda.device_count() >= local_world_size:
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
 
 
 def place() -> tuple[int, int]:
@@ -201,7 +213,8 @@ def train(options: argparse.Namespace, device: torch.device) -> tuple[Run, nn.Mo
 
 def timed_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, task, batch) -> None:
     """`train_share`, with its loss, its seconds and its bytes noted."""
-    sent, began_s = gloo_bytes_sent(), time.perf_counter()
+    on_sockets = not dist.is_initialized() or dist.get_backend() == "gloo"  # what nccl sends, nobody counts
+    sent, began_s = gloo_bytes_sent() if on_sockets else None, time.perf_counter()
     run.losses.append(train_share(model, optimizer, task, batch))
     run.step_s.append(time.perf_counter() - began_s)
     if sent is not None:

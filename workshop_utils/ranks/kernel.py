@@ -239,6 +239,9 @@ def _environment(threads: int, config: dict) -> dict:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # or the debugger's advice is a lost rank's last words
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        # Ranks compute on the CPU, also where there is a GPU: several ranks on one card are nothing that nccl does. One
+        # that saw the card would have torch build a second group, with nccl, behind every device mesh.
+        "CUDA_VISIBLE_DEVICES": "",
         # Without this gloo listens on whatever interface the host name resolves to.
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "PYTHONPATH": os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")])),
