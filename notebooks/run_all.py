@@ -7,6 +7,7 @@ page. A notebook that fails does not stop the others; the exit status is then 1.
 import datetime
 import html
 import os
+import re
 import sys
 import tempfile
 import time
@@ -85,6 +86,9 @@ def run_one(path: Path, out: Path, profile: str) -> Result:
     elapsed_s = time.monotonic() - start_s
     notebook = nbformat.read(executed if executed.exists() else path, as_version=4)
     page, _ = HTMLExporter().from_notebook_node(notebook)
+    page = re.sub(
+        r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', page
+    )  # the page of the other notebook, beside it
     (out / f"{path.stem}.html").write_text(page, encoding="utf-8")
     return Result(title(notebook, path.stem), f"{path.stem}.html", elapsed_s, key_figures(notebook), failure)
 

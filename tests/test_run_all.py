@@ -25,11 +25,14 @@ def write(path: Path, heading: str, *more: str):
 
 
 def test_one_failing_notebook_hides_no_other(tmp_path, capsys):
-    write(tmp_path / "01_breaks.ipynb", "Breaks", "1 / 0", "print('never')")
+    write(tmp_path / "01_breaks.ipynb", "Breaks, before [02](02_runs.ipynb)", "1 / 0", "print('never')")
     write(tmp_path / "02_runs.ipynb", "02 · Runs")
     out = tmp_path / "out"
     breaks, runs = run_all.run_all(tmp_path, out)
-    assert (breaks.title, breaks.failure) == ("01 Breaks", "ZeroDivisionError: division by zero")
+    assert (breaks.title, breaks.failure) == (
+        "01 Breaks, before [02](02_runs.ipynb)",
+        "ZeroDivisionError: division by zero",
+    )
     assert (runs.title, runs.failure, runs.figures) == ("02 · Runs", "", "quick <98%>")
     assert runs.elapsed_s > 0
     report = (out / "index.html").read_text()
@@ -37,7 +40,8 @@ def test_one_failing_notebook_hides_no_other(tmp_path, capsys):
     for result in (breaks, runs):
         assert f'href="{result.page}"' in report
         assert "98%" in (out / result.page).read_text()
-    assert "ZeroDivisionError" in (out / breaks.page).read_text()
+    page = (out / breaks.page).read_text()
+    assert "ZeroDivisionError" in page and 'href="02_runs.html"' in page
     assert capsys.readouterr().out.splitlines()[0].endswith("division by zero")
 
 
