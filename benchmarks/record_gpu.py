@@ -3,9 +3,10 @@
     python benchmarks/record_gpu.py [PART ...]
 
 Needs torch with CUDA, transformers, and of this repository nothing but its files: no data, no fetched model, no network.
-All networks have random weights in the shapes of the models that they are named after. Minutes on a large card. Prints
-tables and writes benchmarks/recorded_gpu.json (after each part, so an interrupted recording keeps what it has; --output
-FILE writes elsewhere). What cannot be measured here is named under "skipped", with the reason. Parts:
+All networks have random weights in the shapes of the models that they are named after. Prints tables and writes
+benchmarks/recorded_gpu.json after each part, so an interrupted recording keeps what it has (--output FILE writes
+elsewhere). That file is not in the repository until somebody with a GPU has run this. What cannot be measured is named
+under "skipped", with the reason. Parts:
 
     memory          the fullest moment of a training step, and what plan_memory says of it; CUDA's own share
     qlora_step      SmolLM2's shape, the same tokens: ours, PEFT with bitsandbytes, LoRA in bfloat16, in turns

@@ -168,10 +168,11 @@ def wrap(task, options: argparse.Namespace, device: torch.device) -> nn.Module:
         wrapped.zero_grad()
         return wrapped
     if options.strategy == "fsdp":
-        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        # of the group that is there: where CUDA is, init_device_mesh("cpu", ...) makes a second one, with nccl in it
+        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         for module in model.modules():
             if type(module).__name__ == task.unit_type:
                 fully_shard(module, mesh=mesh)

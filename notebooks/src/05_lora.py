@@ -83,7 +83,8 @@ for name, accuracy in before.items():
 
 # %% [markdown]
 # On "even or odd?" the base is not much better than a coin. On "8 or 9?" it may be: its features tell the two apart, and
-# two scores that nobody trained point somewhere. Another seed gives another number.
+# two scores that nobody trained point somewhere. Another seed gives another number. The network is small: everything here
+# runs on the CPU, also where there is a GPU.
 #
 # ## What does full fine-tuning cost?
 #

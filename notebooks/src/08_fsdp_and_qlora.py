@@ -859,7 +859,9 @@ for name, plan in yours.items():
 #
 # ## Run it for real
 #
-# The same training as a script, for two ranks here or eight GPUs there, with checkpoints of the adapter (`cluster/README.md` has the rest). Its losses are those of one process, too.
+# The same training as a script, for two ranks here or eight GPUs there, with checkpoints of the adapter (`cluster/README.md`
+# has the rest). Where there is a GPU for each rank, it takes them, with nccl; otherwise the CPU, with gloo. Its losses are
+# those of one process, too.
 
 # %% tags=["measures", "nbval-ignore-output"]
 import subprocess

@@ -235,6 +235,7 @@ def test_the_script_goes_on_from_a_checkpoint(tmp_path):
     assert again["losses"] == pytest.approx(whole["losses"][2:], rel=1e-4)
 
 
-def test_more_ranks_than_gpus_meet_on_the_cpu(tmp_path):
-    report = run_script(tmp_path, GPUS + 1, "--strategy", "ddp", *TASKS["digits"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_more_ranks_than_gpus_meet_on_the_cpu(tmp_path, strategy):
+    report = run_script(tmp_path, GPUS + 1, "--strategy", strategy, *TASKS["digits"])
     assert report["backend"] == "gloo"
