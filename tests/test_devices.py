@@ -1,7 +1,6 @@
 """What runs on a GPU runs on another device than the CPU; what runs on ranks stays on the CPU. No GPU is needed."""
 
 import copy
-import dataclasses
 import os
 import re
 from pathlib import Path
@@ -46,13 +45,6 @@ def images() -> MNIST:
     torch.manual_seed(0)
     labels = torch.arange(200) % 10
     return MNIST(torch.rand(200, 784), labels, torch.rand(100, 784), labels[:100], "noise")
-
-
-def moved(data: MNIST) -> MNIST:
-    tensors = {
-        name: value.to(DEVICE) for name, value in vars(data).items() if isinstance(value, torch.Tensor)
-    }
-    return dataclasses.replace(data, **tensors)
 
 
 def close(there: torch.Tensor, here: torch.Tensor, **tolerance) -> bool:
@@ -133,7 +125,7 @@ def test_random_subspace(kind, tmp_path):
 
 
 def test_fine_tuning_where_the_data_is(plain_adam):
-    data = moved(images())
+    data = images().to(DEVICE)
     base = fine_tuning.pretrain_base(data, steps=2, batch_size=32)
     model = lora.apply_lora(copy.deepcopy(base), "all-linear", 2, 4)
     seen = fine_tuning.fine_tune(model, fine_tuning.even_or_odd(data), steps=2, learning_rate=1e-3)
@@ -142,8 +134,19 @@ def test_fine_tuning_where_the_data_is(plain_adam):
     assert report.gradients_bytes > 0 and report.optimizer_bytes >= 2 * report.gradients_bytes
 
 
+def test_a_model_is_fine_tuned_on_its_device_with_the_data_elsewhere(plain_adam):
+    task, found = fine_tuning.even_or_odd(images()), {}
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        model = lora.apply_lora(MLP(), "all-linear", 2, 4).to(device)
+        found[device] = fine_tuning.fine_tune(model, task, steps=3, learning_rate=1e-3, evaluate_every=3)
+        assert {p.device.type for p in model.parameters()} == {device}
+    assert found[DEVICE].losses == pytest.approx(found["cpu"].losses, rel=1e-5)
+    assert found[DEVICE].curve == found["cpu"].curve
+
+
 def test_a_sweep_where_the_data_is(plain_adam, tmp_path):
-    found = measure_intrinsic_dimension(MLP, moved(images()), [10], seeds=(0,), epochs=1, folder=tmp_path)
+    found = measure_intrinsic_dimension(MLP, images().to(DEVICE), [10], seeds=(0,), epochs=1, folder=tmp_path)
     assert found.accuracy.shape == (1, 1)
 
 

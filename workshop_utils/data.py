@@ -11,7 +11,7 @@ A file that is truncated or not MNIST is named and not used. Shapes: N images, 7
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,11 @@ class MNIST:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     source: str
+
+    def to(self, device: str | torch.device) -> "MNIST":
+        """The same images and labels on `device`."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if name != "source"}
+        return replace(self, **tensors)
 
 
 def load_mnist(source: str = "auto") -> MNIST:

@@ -114,8 +114,8 @@ def fine_tune(
     """Train whatever parameters of `model` require a gradient, in place, with Adam; the rate falls linearly to 0.
 
     `seed` decides the order of the images and, where the model has dropout, its draws. The accuracy on the test images
-    is noted every `evaluate_every` steps (0: at the end only), outside the timed part. ValueError if nothing is
-    trainable.
+    is noted every `evaluate_every` steps (0: at the end only), outside the timed part. The images may be on another
+    device than the model: each batch goes to the model's. ValueError if nothing is trainable.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -123,11 +123,12 @@ def fine_tune(
     optimizer = torch.optim.Adam(
         trainable, lr=learning_rate, fused=True
     )  # fused: a third of the step is saved
+    device = trainable[0].device
     torch.manual_seed(seed)
     losses, curve, times_s = [], [], []
     model.train()
     for done, batch in enumerate(draw_batches(len(task.train_images), batch_size, steps, seed)):
-        images, labels = task.train_images[batch], task.train_labels[batch]
+        images, labels = task.train_images[batch].to(device), task.train_labels[batch].to(device)
         optimizer.param_groups[0]["lr"] = learning_rate * (1 - done / steps)
         began_s = time.perf_counter()
         optimizer.zero_grad()
@@ -143,11 +144,14 @@ def fine_tune(
 
 
 def _share(model: nn.Module, images: Tensor, labels: Tensor, scores: slice) -> float:
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         parts = zip(images.split(1000), labels.split(1000), strict=True)
-        right = sum(int((model(part)[:, scores].argmax(1) == wanted).sum()) for part, wanted in parts)
+        right = sum(
+            int((model(part.to(device))[:, scores].argmax(1) == wanted.to(device)).sum())
+            for part, wanted in parts
+        )
     finally:
         model.train(was_training)
     return right / len(images)

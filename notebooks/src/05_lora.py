@@ -83,8 +83,7 @@ for name, accuracy in before.items():
 
 # %% [markdown]
 # On "even or odd?" the base is not much better than a coin. On "8 or 9?" it may be: its features tell the two apart, and
-# two scores that nobody trained point somewhere. Another seed gives another number. The network is small: everything here
-# runs on the CPU, also where there is a GPU.
+# two scores that nobody trained point somewhere. Another seed gives another number.
 #
 # ## What does full fine-tuning cost?
 #
@@ -400,20 +399,20 @@ guess("smallest r within one point, 8 or 9", my_guess)
 
 from tqdm.auto import tqdm
 
-SEEDS = range(5)
+SEEDS, device = range(5), "cuda" if torch.cuda.is_available() else "cpu"
 steps = {"8 or 9": 40 if quick else 240, "even or odd": 100 if quick else 600}
 rate = {"full": 3e-3, "last layer": 1e-1 if quick else 3e-2}  # LoRA: 1e-2
 runs = {name: {method: [] for method in METHODS} for name in tasks}
 models = {}  # of even or odd, for what follows
 jobs = [(name, method, seed) for name in tasks for seed in SEEDS for method in METHODS]
 for name, method, seed in tqdm(jobs, desc="fine-tuning"):
-    model = adapt(method, seed)
+    model = adapt(method, seed).to(device)
     options = {"steps": steps[name], "learning_rate": rate.get(method, 1e-2), "seed": seed}
     options["evaluate_every"] = steps[name] // 10 if name == "even or odd" else 0
     seen = fine_tune(model, tasks[name], **options)
     runs[name][method].append((seen, old_digits_accuracy(model, data), measure_memory(model, seen.optimizer)))
     if name == "even or odd":
-        models[method, seed] = model
+        models[method, seed] = model.cpu()
 
 # %% tags=["nbval-ignore-output"]
 accuracies = {name: {m: [r[0].accuracy for r in rows[m]] for m in METHODS} for name, rows in runs.items()}

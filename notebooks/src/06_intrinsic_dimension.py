@@ -873,7 +873,9 @@ if PROFILE == "full":
     few = dataclasses.replace(
         data, train_images=data.train_images[:600], train_labels=data.train_labels[torch.randperm(600)]
     )
-    again = {"ranks": ranks, "seeds": (0,), "folder": folder / "again"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the ranks share the runs; a GPU does them one after the other
+    again = {"ranks": ranks if device == "cpu" else None, "seeds": (0,), "folder": folder / "again"}
     big, by_heart = (
         functools.partial(make_mlp, 400, 5),
         {"score_on": "train", "epochs": 100, "learning_rate": 0.03},
@@ -884,7 +886,7 @@ if PROFILE == "full":
         ("FC 5x400", big, data, [725, 800, 900, 1_100], {}),
         ("600 shuffled labels", big, few, [1_000, 1_500, 2_000, 3_000], by_heart),
     ):
-        found = measure_intrinsic_dimension(make, of, dims, **again, **options)
+        found = measure_intrinsic_dimension(make, of.to(device), dims, **again, **options)
         print(
             f"{label}: {[round(a, 3) for a in found.accuracy[0].tolist()]}, global {found.d_int90('global')}"
         )
