@@ -281,7 +281,7 @@ def set_up(bundle):
     LAB_SETTINGS.parent.mkdir(parents=True, exist_ok=True)
     LAB_SETTINGS.write_text(json.dumps(QUIET_LAB, indent=2))
     STAMP.write_text(fingerprint())
-    print(f"setup: ready after {time.monotonic() - start_s:.0f} s")
+    print(f"setup: ready after {time.monotonic() - start_s:.0f} s", flush=True)
 
 
 def is_set_up() -> bool:

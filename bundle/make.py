@@ -258,7 +258,7 @@ def finish(folder: Path, plan: dict, sums: dict[str, str], lacking: list[str]):
         say(f"not in it: {line}")
     total_bytes = sum((folder / name).stat().st_size for name in sums)
     say(
-        f"ready: {len(sums)} files, {total_bytes / GB:.2f} GB. README.txt says how to use it: make lab BUNDLE={folder}"
+        f"ready: {len(sums)} files, {total_bytes / GB:.2f} GB. README.txt says how to use it: make lab BUNDLE='{folder}'"
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import tomllib
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -79,28 +80,12 @@ def of_lock(lines: str, system: str, python: str) -> list[dict]:
 
 def compiled(requirements: str, system: str, python: str, *options: str, **env: str) -> list[dict]:
     """The wheels that uv picks for one system and Python. Raises BundleError with what uv said."""
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "--quiet",
-        "--no-header",
-        "--only-binary",
-        ":all:",
-    ]
-    command += [
-        "--format",
-        "pylock.toml",
-        "--python-version",
-        python,
-        "--python-platform",
-        UV_PLATFORM[system],
-    ]
-    env = bootstrap.registry() | {"MACOSX_DEPLOYMENT_TARGET": ".".join(map(str, MACOS))} | env
+    uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--only-binary", ":all:"]
+    uv += ["--python", sys.executable]  # or uv starts every Python it finds, to choose one
+    target = ["--python-version", python, "--python-platform", UV_PLATFORM[system]]
+    env = settings() | {"MACOSX_DEPLOYMENT_TARGET": ".".join(map(str, MACOS))} | env
     done = subprocess.run(
-        [*command, *options, "-"],
+        [*uv, *target, "--format", "pylock.toml", *options, "-"],
         input=requirements,
         env=os.environ | env,
         capture_output=True,
@@ -114,6 +99,11 @@ def compiled(requirements: str, system: str, python: str, *options: str, **env: 
         )
     packages = tomllib.loads(done.stdout).get("packages", [])
     return [best(package["wheels"], system, python) for package in packages]
+
+
+@cache
+def settings() -> dict:
+    return bootstrap.registry()
 
 
 def best(wheels: list[dict], system: str, python: str) -> dict:
