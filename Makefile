@@ -37,7 +37,7 @@ fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache
 	@$(PY) -m workshop_utils fetch
 
 bundle: setup  ## all that a room without a network needs, in one folder for a stick: TO=/media/stick/bundle
-	@$(PY) -m bundle.make "$${TO:-build/bundle}"
+	@$(PY) -m bundle "$${TO:-build/bundle}"
 
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py

@@ -189,9 +189,7 @@ def open_bundle():
         )
     try:
         bundle = read_bundle(folder, LOCK)
-        names = bundle.extras if is_set_up() else bundle.wheels + bundle.extras
-        print(f"setup: checking {len(names)} files of {folder}", flush=True)
-        bundle.verify(names)
+        bundle.verify(bundle.extras if is_set_up() else bundle.wheels + bundle.extras)
     except BundleError as error:
         fail(str(error))
     return bundle
@@ -269,11 +267,8 @@ def set_up(bundle):
     make_venv()
     make_uv(source)
     uv = [VENV_PYTHON, "-m", "uv", "pip", "install", "--python", VENV_PYTHON, *source]
-    if bundle:
-        env, backend, is_cuda = {"UV_OFFLINE": "1"}, [], any("/nvidia_" in name for name in bundle.wheels)
-    else:
-        env = registry()
-        backend, is_cuda = torch_backend(uv, env)
+    env = {"UV_OFFLINE": "1"} if bundle else registry()
+    backend, is_cuda = ([], bundle.is_cuda) if bundle else torch_backend(uv, env)
     check_disk(CUDA_INSTALL_GB if is_cuda else CPU_INSTALL_GB)
     size = "about 6 GB unpacked, CUDA included" if is_cuda else "about 1.3 GB unpacked"
     print(f"setup: installing the pinned packages ({size})", flush=True)
@@ -294,8 +289,7 @@ def main():
     if not is_set_up():
         set_up(bundle)
     if bundle and bundle.extras:
-        unpacked = subprocess.run([VENV_PYTHON, "-m", "bundle.unpack", bundle.folder], cwd=ROOT, check=False)
-        sys.exit(unpacked.returncode)
+        sys.exit(subprocess.call([VENV_PYTHON, "-m", "bundle.unpack", bundle.folder], cwd=ROOT))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 SUMS, PLAN = "SHA256SUMS", "bundle.json"
 PLAIN = {"linux-x86_64": "Linux x86-64 (also inside WSL)", "darwin-arm64": "macOS arm64"}
-CURE = "Copy the bundle again; where it was made, make bundle TO={folder} replaces what is damaged."
+CURE = "Copy the bundle again; where it was made, make bundle TO='{folder}' replaces what is damaged."
 
 
 class BundleError(Exception):
@@ -29,8 +29,13 @@ class Bundle:
         """The paths of data and model."""
         return [name for name in self.sums if name.startswith(("data/", "model/"))]
 
+    @property
+    def is_cuda(self) -> bool:
+        return any(name.startswith("wheels/nvidia_") for name in self.wheels)
+
     def verify(self, names: list[str]):
         """Compare files with SHA256SUMS. Raises BundleError for the first that is missing or damaged."""
+        print(f"setup: checking {len(names)} files of {self.folder}", flush=True)
         for name in names:
             check(self.folder, name, self.sums.get(name))
 
@@ -71,7 +76,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         if (folder / PLAN).exists():
             raise BundleError(
-                f"{folder} is not finished: where it was made, make bundle TO={folder} goes on"
+                f"{folder} is not finished: where it was made, make bundle TO='{folder}' goes on"
             ) from None
         inside = next((f" (did you mean {found.parent}?)" for found in folder.glob(f"*/{SUMS}")), "")
         raise BundleError(

