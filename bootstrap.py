@@ -183,10 +183,6 @@ def open_bundle():
     from bundle.folder import BundleError, read_bundle
 
     folder = Path(os.environ["BUNDLE"]).expanduser().resolve()
-    if ROOT.is_relative_to(folder):
-        fail(
-            f'this is the workshop inside the bundle. Copy it to your disk, cp -R "{ROOT}" ~, and run make there'
-        )
     try:
         bundle = read_bundle(folder, LOCK)
         bundle.verify(bundle.extras if is_set_up() else bundle.wheels + bundle.extras)

@@ -47,12 +47,16 @@ def this_machine() -> str:
 
 def read_bundle(folder: Path, lock: Path) -> Bundle:
     """The bundle in `folder`. Raises BundleError where it is none, does not fit this machine or has other pins."""
+    if lock.is_relative_to(folder):
+        raise BundleError(
+            f'this is the workshop inside the bundle. Copy it to your disk, cp -R "{lock.parent}" ~, and run make there'
+        )
     sums = read_sums(folder)
     check(folder, PLAN, sums.get(PLAN))
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     if plan["lock"] != sha256_of(lock):
         raise BundleError(
-            f"{folder} holds other package versions than {lock}. Take the workshop from the same bundle: "
+            f"{folder} holds other package versions than {lock}. Take the workshop of the same bundle: "
             f'cp -R "{folder}/workshop" to a folder of yours, and run make there'
         )
     machine = this_machine()
