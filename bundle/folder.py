@@ -47,7 +47,7 @@ def this_machine() -> str:
 
 def read_bundle(folder: Path, lock: Path) -> Bundle:
     """The bundle in `folder`. Raises BundleError where it is none, does not fit this machine or has other pins."""
-    if lock.is_relative_to(folder):
+    if lock.parent == folder / "workshop":
         raise BundleError(
             f'this is the workshop inside the bundle. Copy it to your disk, cp -R "{lock.parent}" ~, and run make there'
         )

@@ -383,9 +383,12 @@ def test_another_machine_and_other_pins(stick, tmp_path, monkeypatch):
         read_bundle(stick, lock)
 
 
-def test_the_workshop_on_the_stick_itself_is_not_set_up_there(monkeypatch):
-    monkeypatch.setenv("BUNDLE", str(ROOT.parent))
-    with pytest.raises(SystemExit, match="inside the bundle. Copy it to your disk, cp -R"):
+def test_the_workshop_on_the_stick_itself_is_not_set_up_there(stick, monkeypatch):
+    monkeypatch.setenv("BUNDLE", str(stick))
+    monkeypatch.setattr(bootstrap, "LOCK", stick / "workshop" / "requirements.lock")
+    with pytest.raises(
+        SystemExit, match="setup: this is the workshop inside the bundle. Copy it to your disk"
+    ):
         bootstrap.open_bundle()
 
 
