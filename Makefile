@@ -7,7 +7,7 @@ PY := .venv/bin/python
 CANDIDATES := $(if $(PYTHON),$(PYTHON),$(PY) python3 python3.13 python3.12 python3.11 python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab fetch run test test-fast test-browser test-colab test-gpu notebooks solutions colab slides figures \
+.PHONY: help setup lab fetch bundle run test test-fast test-browser test-colab test-gpu notebooks solutions colab slides figures \
   cheatsheet bench doctor lock clean
 
 help:  ## this list
@@ -29,13 +29,16 @@ LAB_OPTIONS := --ServerApp.ip=127.0.0.1 --log-level=WARN \
   --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
   --LabApp.news_url=None --LabApp.extension_manager=readonly
 
-lab: setup  ## a quick check of this machine, then JupyterLab on the first notebook
+lab: setup  ## a quick check of this machine, then JupyterLab on the first notebook (without a network: BUNDLE=folder)
 	@$(PY) -m workshop_utils doctor --quick || \
 	  echo "The lab opens all the same; notebook 00 shows these checks again."
 	@$(PY) -m jupyterlab $(LAB_OPTIONS) $$([ "$$(id -u)" = 0 ] && echo --allow-root)
 
 fetch: setup  ## bring the language model of notebooks 07 and 08 into your cache, once (93 MB or 273 MB)
 	@$(PY) -m workshop_utils fetch
+
+bundle: setup  ## all that a room without a network needs, in one folder for a stick: TO=/media/stick/bundle
+	@$(PY) -m bundle "$${TO:-build/bundle}"
 
 run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py

@@ -1,7 +1,8 @@
 """Make .venv and install the workshop into it. Called by `make`; `python3 bootstrap.py` does the same.
 
 Only the standard library, Python 3.11 to 3.13. A run with nothing to do takes a fraction of a second. Every
-failure ends in one line that names the cure; what the installer said is in build/setup.log.
+failure ends in one line that names the cure; what the installer said is in build/setup.log. Where the variable BUNDLE
+names a folder that `make bundle` wrote, all comes from there and nothing from a network.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ NO_TRUST = (
 )
 NO_NETWORK = (
     "the package registry cannot be reached. Check the network (and HTTPS_PROXY, if you need a proxy), then run "
-    "make again; finished downloads are kept."
+    "make again; finished downloads are kept. In a room without a network: make lab BUNDLE=/path/to/a/bundle"
 )
 NO_WRITE = "cannot write to {root} or to the package cache {cache}. Work in a folder that is yours."
 FAILURES = {
@@ -174,13 +175,29 @@ def describe(version) -> str:
     return "a Python that does not run" if version is None else f"Python {version[0]}.{version[1]}"
 
 
-def make_uv():
-    """uv, at the version the lock names, installed with pip."""
+def open_bundle():
+    """The folder that BUNDLE names, read and found to fit this machine; None where it names none."""
+    if not os.environ.get("BUNDLE"):
+        return None
+    sys.path.insert(0, str(ROOT))
+    from bundle.folder import BundleError, read_bundle
+
+    folder = Path(os.environ["BUNDLE"]).expanduser().resolve()
+    try:
+        bundle = read_bundle(folder, LOCK)
+        bundle.verify(bundle.extras if is_set_up() else bundle.wheels + bundle.extras)
+    except BundleError as error:
+        fail(str(error))
+    return bundle
+
+
+def make_uv(source: list):
+    """uv, at the version the lock names, installed with pip. source: options that say from where."""
     pin = next(line for line in LOCK.read_text().splitlines() if line.startswith("uv=="))
     found = quiet_run([VENV_PYTHON, "-m", "uv", "--version"])
     if found.returncode == 0 and found.stdout.split()[1:2] == [pin.removeprefix("uv==")]:
         return
-    pip = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *source]
     output = run_logged("uv", [*pip, "--retries", "1", "--timeout", "15", pin])
     if output:
         explain(output, "installing uv with pip")
@@ -236,19 +253,18 @@ def install(uv: list, env: dict, backend: list):
             explain(output, "importing torchvision")
 
 
-def main():
-    check_machine()
-    if STAMP.exists() and venv_version() == sys.version_info[:2] and STAMP.read_text() == fingerprint():
-        return
+def set_up(bundle):
+    """.venv with everything in it, from the bundle or, where that is None, from the network."""
     start_s = time.monotonic()
     LOG.unlink(missing_ok=True)
     check_disk(CPU_INSTALL_GB)
     STAMP.unlink(missing_ok=True)
+    source = ["--no-index", "--find-links", bundle.folder / "wheels"] if bundle else []
     make_venv()
-    make_uv()
-    uv = [VENV_PYTHON, "-m", "uv", "pip", "install", "--python", VENV_PYTHON]
-    env = registry()
-    backend, is_cuda = torch_backend(uv, env)
+    make_uv(source)
+    uv = [VENV_PYTHON, "-m", "uv", "pip", "install", "--python", VENV_PYTHON, *source]
+    env = {"UV_OFFLINE": "1"} if bundle else registry()
+    backend, is_cuda = ([], bundle.is_cuda) if bundle else torch_backend(uv, env)
     check_disk(CUDA_INSTALL_GB if is_cuda else CPU_INSTALL_GB)
     size = "about 6 GB unpacked, CUDA included" if is_cuda else "about 1.3 GB unpacked"
     print(f"setup: installing the pinned packages ({size})", flush=True)
@@ -256,7 +272,20 @@ def main():
     LAB_SETTINGS.parent.mkdir(parents=True, exist_ok=True)
     LAB_SETTINGS.write_text(json.dumps(QUIET_LAB, indent=2))
     STAMP.write_text(fingerprint())
-    print(f"setup: ready after {time.monotonic() - start_s:.0f} s")
+    print(f"setup: ready after {time.monotonic() - start_s:.0f} s", flush=True)
+
+
+def is_set_up() -> bool:
+    return STAMP.exists() and venv_version() == sys.version_info[:2] and STAMP.read_text() == fingerprint()
+
+
+def main():
+    check_machine()
+    bundle = open_bundle()
+    if not is_set_up():
+        set_up(bundle)
+    if bundle and bundle.extras:
+        sys.exit(subprocess.call([VENV_PYTHON, "-m", "bundle.unpack", bundle.folder], cwd=ROOT))
 
 
 if __name__ == "__main__":

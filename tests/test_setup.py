@@ -240,6 +240,7 @@ def test_help_lists_every_command():
     commands = [
         "setup",
         "lab",
+        "bundle",
         "run",
         "test",
         "test-fast",

@@ -48,34 +48,47 @@ def wheel_address() -> str:
 
 
 def download(address: str, target: Path, expected_bytes: int, expected_sha256: str) -> None:
-    """`address` into the file `target`, going on from `target`.part where an earlier attempt ended.
-
-    Broken connections are tried again ATTEMPTS times. Raises DownloadError where that does not help (what arrived is
-    kept), or where bytes or SHA-256 are others than expected (nothing is kept). OSError where the disk refuses.
-    """
-    part = target.with_name(target.name + ".part")
-    kept_bytes = _size(part)
+    """`receive` with a progress bar of its own."""
+    kept_bytes = _size(part_of(target))
     if kept_bytes:
         print(f"{kept_bytes:,} of {expected_bytes:,} bytes are there from an earlier attempt", flush=True)
     with tqdm(total=expected_bytes, initial=kept_bytes, unit="B", unit_scale=True, desc=target.name) as bar:
-        for attempt in range(ATTEMPTS):
-            try:
-                _receive(address, part, expected_bytes, bar)
-            except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-                problem = _reason(error)
-            else:
-                problem = "the connection ended early"
-            if _size(part) >= expected_bytes:
-                break
-            time.sleep(0.2 * 2**attempt)
+        receive(address, target, expected_bytes, expected_sha256, bar, "python -m workshop_utils fetch")
+
+
+def receive(
+    address: str, target: Path, expected_bytes: int, expected_sha256: str, bar: tqdm, again: str
+) -> None:
+    """`address` into the file `target`, going on from `target`.part where an earlier attempt ended.
+
+    bar: counts the bytes that arrive. again: the command to name in errors. Broken connections are tried again
+    ATTEMPTS times. Raises DownloadError where that does not help (what arrived is kept), or where bytes or SHA-256
+    are others than expected (nothing is kept). OSError where the disk refuses.
+    """
+    part = part_of(target)
+    for attempt in range(ATTEMPTS):
+        try:
+            _receive(address, part, expected_bytes, bar)
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            problem = _reason(error)
+        else:
+            problem = "the connection ended early"
+        if _size(part) >= expected_bytes:
+            break
+        time.sleep(0.2 * 2**attempt)
     got_bytes = _size(part)
     if got_bytes < expected_bytes:
         raise DownloadError(
-            f"the download stopped at {got_bytes:,} of {expected_bytes:,} bytes ({problem}). What is there is kept: "
-            "run `python -m workshop_utils fetch` again and it goes on from there"
+            f"the download of {target.name} stopped at {got_bytes:,} of {expected_bytes:,} bytes ({problem}). What is "
+            f"there is kept: run `{again}` again and it goes on from there"
         )
-    _check(part, expected_bytes, expected_sha256)
+    _check(part, expected_bytes, expected_sha256, again)
     part.replace(target)
+
+
+def part_of(target: Path) -> Path:
+    """Where an unfinished download of `target` is kept."""
+    return target.with_name(target.name + ".part")
 
 
 def _receive(address: str, part: Path, expected_bytes: int, bar: tqdm) -> None:
@@ -88,8 +101,8 @@ def _receive(address: str, part: Path, expected_bytes: int, bar: tqdm) -> None:
     with urllib.request.urlopen(request, timeout=STALL_LIMIT_S) as response:
         resumes = getattr(response, "status", None) == 206
         if not resumes:
+            bar.update(-have_bytes)
             have_bytes = 0
-            bar.reset(total=expected_bytes)
         with part.open("ab" if resumes else "wb") as file:
             while have_bytes <= expected_bytes and (chunk := response.read1(CHUNK_BYTES)):
                 file.write(chunk)
@@ -97,7 +110,7 @@ def _receive(address: str, part: Path, expected_bytes: int, bar: tqdm) -> None:
                 bar.update(len(chunk))
 
 
-def _check(part: Path, expected_bytes: int, expected_sha256: str) -> None:
+def _check(part: Path, expected_bytes: int, expected_sha256: str, again: str) -> None:
     with part.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 == expected_sha256:
@@ -106,8 +119,8 @@ def _check(part: Path, expected_bytes: int, expected_sha256: str) -> None:
     part.unlink()
     raise DownloadError(
         f"what arrived ({got_bytes:,} bytes, SHA-256 {sha256[:12]}...) is not the expected file ({expected_bytes:,} "
-        f"bytes, SHA-256 {expected_sha256[:12]}...) and was deleted: a proxy or a damaged mirror? Run "
-        "`python -m workshop_utils fetch` again, or from another network"
+        f"bytes, SHA-256 {expected_sha256[:12]}...) and was deleted: a proxy or a damaged mirror? Run `{again}` again, "
+        "or from another network"
     )
 
 
