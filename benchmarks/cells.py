@@ -26,8 +26,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str =
 
 
 def number(value: float, digits: int = 0, unit: str = "") -> dict:
-    """`unit` brings its own blank: " ms"."""
-    return {"value": float(f"{value:.6g}"), "digits": digits, "unit": unit}
+    """`unit` brings its own blank: " ms". Counts stay exact."""
+    kept = value if isinstance(value, int) else float(f"{value:.6g}")
+    return {"value": kept, "digits": digits, "unit": unit}
 
 
 def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> dict:

@@ -96,7 +96,7 @@ def counted_row(n: int, r: int) -> list:
     lora = multiply_adds(LoRALinear(nn.Linear(n, n), r, r), x) / rows
     full = multiply_adds(nn.Linear(n, n), x) / rows
     predicted, predicted_full = 2 * n * n + 6 * n * r, 3 * n * n
-    counts = [number(count) for count in (lora, predicted, full, predicted_full)]
+    counts = [number(round(count)) for count in (lora, predicted, full, predicted_full)]
     return [str(n), number(r), *counts, number(predicted / predicted_full, 3)]
 
 

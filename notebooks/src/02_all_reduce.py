@@ -996,9 +996,9 @@ for size_bytes in (1_000_000, 8_000_000):
 # does two things more: it starts a receive long before its message comes, so that the message goes straight to its
 # place; and it waits for its sends at the very end.
 #
-# `make bench` lets them take turns for longer. On two cores, with four ranks, the module's ring took 1.06 times gloo's
-# time at 8 MB and 1.04 at 64 MB (medians; the table is in `benchmarks/RESULTS.md`). At 1 MB the naive one was faster
-# than both: where no rank has a link of its own, the fewest messages win.
+# `make bench` lets them take turns for longer. On two cores, with four ranks, the module's ring and gloo take the same
+# time within a fifth, from 1 MB to 64 (medians; the table is in `benchmarks/RESULTS.md`). Up to 1 MB the naive one is
+# faster than both: where no rank has a link of its own, the fewest messages win.
 #
 # ## What are the two halves good for?
 #

@@ -958,8 +958,8 @@ for name, run in (("6e-4", runs["QLoRA, ours"]), ("2e-3", high)):
 # that. The last column is the sentence pattern that training never saw: another question, with its own answer.
 #
 # The frozen base shrank from 538 MB to 168. Do not take the seconds for what four bits cost: QLoRA multiplies in
-# bfloat16, this LoRA in float32. Beside LoRA all in bfloat16, a step of QLoRA took 1.23 times as long (`make bench`, two
-# cores): each weight is dequantised twice. The last line is the same run from more than three times the rate:
+# bfloat16, this LoRA in float32. Beside LoRA all in bfloat16, a step of QLoRA takes a quarter to a third longer (`make bench`,
+# two cores): each weight is dequantised twice. The last line is the same run from more than three times the rate:
 # it ends with the same loss on the test and more mistakes. A loss is a mean; a record needs every token right.
 
 

@@ -1,5 +1,7 @@
 """What the checks of notebook 05 are tried on: models, layers of whole numbers, a real step of Adam, PEFT itself.
 
+And what merging (5.4) and the files for PEFT (5.5) are held against.
+
 Shape letters: W is [out, in], A is [r, in], B is [out, r].
 """
 
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from workshop_utils.checks import tensors_for_ranks
+from workshop_utils.checks import Wrong, expect_at_most, expect_close, tensors_for_ranks
 from workshop_utils.lora import apply_lora
 from workshop_utils.models import MLP
 
@@ -123,3 +126,87 @@ def output_with_peft(base, config, tensors):
         )
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
         return loaded(torch.ones(2, 6)).detach()
+
+
+# Exercise 5.4
+
+
+def expect_state(where, layer, merged, parameter):
+    if layer.merged is not merged:
+        raise Wrong(f"{where}: layer.merged is {layer.merged}, expected {merged}")
+    weight = layer.base_layer.weight
+    if not weight.is_leaf:
+        raise Wrong(f"{where}: base_layer.weight has a graph behind it now: work under torch.no_grad()")
+    if weight is not parameter:
+        raise Wrong(f"{where}: base_layer.weight is another Parameter, expected the old one changed in place")
+    if weight.requires_grad:
+        raise Wrong(f"{where}: base_layer.weight requires a gradient, expected it frozen")
+
+
+def explain_merge(where, change, product, scaling, wanted):
+    if is_near(change, wanted * product):
+        return
+    known = [
+        (0.0, "unchanged"),
+        (1.0, "changed by B A, not scaled"),
+        (-scaling, "changed by minus the update"),
+        (2 * scaling, "changed by the update twice"),
+        (scaling**2, "changed by B A scaled twice"),
+        (scaling, "still changed by the update"),
+    ]
+    for factor, words in known:
+        if is_near(change, factor * product):
+            expected = f"W + {scaling:g} B A" if wanted else "W as it was"
+            raise Wrong(f"{where}: base_layer.weight is {words}, expected {expected}")
+
+
+def expect_output(where, layer, x, y, merged):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        expect_close(layer(x), y, name=f"{where}: the output")
+    rows, out = y.shape
+    if merged:
+        budget = 2 * rows * out * x.shape[1]
+        expect_at_most(counter.get_total_flops(), budget, name=f"{where}: the forward", unit="FLOPs")
+
+
+# Exercise 5.5
+
+
+def expect_tensors(tensors, layers):
+    wanted = {}
+    for path, layer in layers.items():
+        for name, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            wanted[f"base_model.model.{path}.{name}.weight"] = factor.weight.detach().clone()
+    for key in sorted(wanted.keys() - tensors.keys()):
+        raise Wrong(f"tensors has no {key!r}; it has {sorted(map(str, tensors))[:4]}")
+    for key in sorted(tensors.keys() - wanted.keys()):
+        raise Wrong(f"tensors has {key!r}, which is no part of the adapter: A and B alone are saved")
+    for key, value in wanted.items():
+        expect_close(tensors[key], value, name=key)
+
+
+def expect_config(config, names):
+    needed = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 6,
+        "base_model_name_or_path": "my-base",
+        "bias": "none",
+    }
+    for key, value in needed.items():
+        if config.get(key) != value:
+            raise Wrong(f"config[{key!r}] is {config.get(key)!r:.60}, expected {value!r}")
+    targets = config.get("target_modules")
+    if not isinstance(targets, (list, tuple)) or sorted(targets) != sorted(names):
+        raise Wrong(f"config['target_modules'] is {targets!r:.80}, expected {names}")
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise Wrong(f"config cannot be written as JSON: {error}") from None
+
+
+# What several checks need
+
+
+def is_near(got, wanted):
+    return torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)

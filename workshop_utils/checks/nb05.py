@@ -7,7 +7,6 @@ Shape letters: B rows in the batch; W is [out, in], A is [r, in], B is [out, r].
 """
 
 import copy
-import json
 
 import torch
 from torch import nn
@@ -17,7 +16,13 @@ from workshop_utils.checks import Wrong, exercise, expect_at_most, expect_close,
 from workshop_utils.checks.adapters import (
     Marked,
     bill_cases,
+    expect_config,
+    expect_output,
+    expect_state,
+    expect_tensors,
+    explain_merge,
     insertion_cases,
+    is_near,
     measured_bill,
     output_with_peft,
     set_factors_,
@@ -134,13 +139,13 @@ def check_set_merged(answer):
                 if "non-leaf" not in str(error):
                     raise
                 raise Wrong(f"{where}: autograd sees the change. Work under torch.no_grad()") from None
-            _expect_state(where, layer, merged, parameter)
+            expect_state(where, layer, merged, parameter)
             scale = alpha / r if merged else 0.0
-            _explain_merge(where, layer.base_layer.weight.detach() - weight, product, alpha / r, scale)
+            explain_merge(where, layer.base_layer.weight.detach() - weight, product, alpha / r, scale)
             expect_close(
                 layer.base_layer.weight, weight + scale * product, name=f"{where}: base_layer.weight"
             )
-            _expect_output(where, layer, x, y, merged)
+            expect_output(where, layer, x, y, merged)
     return "merged, the layer is one matrix product; unmerged, W is back; a second call changes nothing"
 
 
@@ -155,8 +160,8 @@ def check_peft_files(answer):
     got = answer(dict(layers), 2, 6, "my-base")
     if not isinstance(got, tuple) or len(got) != 2 or not all(isinstance(part, dict) for part in got):
         raise Wrong(f"you returned {type(got).__name__}, expected two dicts: config, tensors")
-    _expect_tensors(got[1], layers)
-    _expect_config(got[0], list(layers))
+    expect_tensors(got[1], layers)
+    expect_config(got[0], list(layers))
     expected = model(torch.ones(2, 6)).detach()
     got_y, atol = output_with_peft(base, *got), 1e-6 * expected.abs().max().item()
     expect_close(got_y, expected, name="the output with PEFT", rtol=0, atol=atol)
@@ -243,11 +248,11 @@ def _explain_scale(case, got, update, plain, bias, r, alpha):
         (0, "B A x is not added"),
     ]
     for factor, words in known:
-        if abs(factor - alpha / r) > 1e-9 and _is_near(got, factor * update):
+        if abs(factor - alpha / r) > 1e-9 and is_near(got, factor * update):
             raise Wrong(f"{case}: {words}, expected once by lora_alpha / r = {alpha / r:g}")
-    if bias is not None and _is_near(got, alpha / r * update + bias.detach()):
+    if bias is not None and is_near(got, alpha / r * update + bias.detach()):
         raise Wrong(f"{case}: the bias is added twice")
-    if _is_near(got + plain, alpha / r * update):
+    if is_near(got + plain, alpha / r * update):
         raise Wrong(f"{case}: y is the update alone, the base's W x + bias is missing")
 
 
@@ -277,87 +282,3 @@ def _expect_error_without_match(answer):
 
 
 # Exercise 5.3
-
-
-# Exercise 5.4
-
-
-def _expect_state(where, layer, merged, parameter):
-    if layer.merged is not merged:
-        raise Wrong(f"{where}: layer.merged is {layer.merged}, expected {merged}")
-    weight = layer.base_layer.weight
-    if not weight.is_leaf:
-        raise Wrong(f"{where}: base_layer.weight has a graph behind it now: work under torch.no_grad()")
-    if weight is not parameter:
-        raise Wrong(f"{where}: base_layer.weight is another Parameter, expected the old one changed in place")
-    if weight.requires_grad:
-        raise Wrong(f"{where}: base_layer.weight requires a gradient, expected it frozen")
-
-
-def _explain_merge(where, change, product, scaling, wanted):
-    if _is_near(change, wanted * product):
-        return
-    known = [
-        (0.0, "unchanged"),
-        (1.0, "changed by B A, not scaled"),
-        (-scaling, "changed by minus the update"),
-        (2 * scaling, "changed by the update twice"),
-        (scaling**2, "changed by B A scaled twice"),
-        (scaling, "still changed by the update"),
-    ]
-    for factor, words in known:
-        if _is_near(change, factor * product):
-            expected = f"W + {scaling:g} B A" if wanted else "W as it was"
-            raise Wrong(f"{where}: base_layer.weight is {words}, expected {expected}")
-
-
-def _expect_output(where, layer, x, y, merged):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        expect_close(layer(x), y, name=f"{where}: the output")
-    rows, out = y.shape
-    if merged:
-        budget = 2 * rows * out * x.shape[1]
-        expect_at_most(counter.get_total_flops(), budget, name=f"{where}: the forward", unit="FLOPs")
-
-
-# Exercise 5.5
-
-
-def _expect_tensors(tensors, layers):
-    wanted = {}
-    for path, layer in layers.items():
-        for name, factor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            wanted[f"base_model.model.{path}.{name}.weight"] = factor.weight.detach().clone()
-    for key in sorted(wanted.keys() - tensors.keys()):
-        raise Wrong(f"tensors has no {key!r}; it has {sorted(map(str, tensors))[:4]}")
-    for key in sorted(tensors.keys() - wanted.keys()):
-        raise Wrong(f"tensors has {key!r}, which is no part of the adapter: A and B alone are saved")
-    for key, value in wanted.items():
-        expect_close(tensors[key], value, name=key)
-
-
-def _expect_config(config, names):
-    needed = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 6,
-        "base_model_name_or_path": "my-base",
-        "bias": "none",
-    }
-    for key, value in needed.items():
-        if config.get(key) != value:
-            raise Wrong(f"config[{key!r}] is {config.get(key)!r:.60}, expected {value!r}")
-    targets = config.get("target_modules")
-    if not isinstance(targets, (list, tuple)) or sorted(targets) != sorted(names):
-        raise Wrong(f"config['target_modules'] is {targets!r:.80}, expected {names}")
-    try:
-        json.dumps(config)
-    except TypeError as error:
-        raise Wrong(f"config cannot be written as JSON: {error}") from None
-
-
-# What several checks need
-
-
-def _is_near(got, wanted):
-    return torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
