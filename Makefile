@@ -44,15 +44,16 @@ run: setup  ## the whole series headless; the report is build/run/index.html
 	@$(PY) notebooks/run_all.py
 
 # What tests deadlines runs first, alone. Then make keeps two parts at work: the browser (it runs the learner's versions), the
-# package, and the solutions, one notebook after the other. They often wait for processes to start, and have one thread
-# each, or they would wait for each other at every matrix product. A process of pytest for each part, not pytest-xdist:
-# where one of its workers dies, --dist loadfile waits for ever.
+# package, the exercises' checks, and the solutions, one notebook after the other. They often wait for processes to start,
+# and have one thread each, or they would wait for each other at every matrix product. A process of pytest for each part,
+# not pytest-xdist: where one of its workers dies, --dist loadfile waits for ever.
 PYTEST := $(PY) -m pytest tests
+CHECKS := tests/test_checks_reject_wrong.py
 NOTEBOOK_TESTS := $(patsubst notebooks/src/%.py,test-%,$(wildcard notebooks/src/0*.py))
 
 test: setup lint  ## every check, notebooks and browser included (about 30 minutes on two cores)
 	@$(PYTEST) -m alone
-	@$(MAKE) --no-print-directory --keep-going -o setup -j2 test-browser test-package $(NOTEBOOK_TESTS)
+	@$(MAKE) --no-print-directory --keep-going -o setup -j2 test-browser test-package test-checks $(NOTEBOOK_TESTS)
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PYTEST) -m "alone and not browser and not slow"
@@ -68,9 +69,12 @@ test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty 
 test-gpu:  ## what needs a GPU, with .venv or your own torch: make test-gpu PYTHON=python3
 	@$(firstword $(PYTHON) $(wildcard $(PY)) python3) -m pytest tests/gpu --confcutdir=tests/gpu -m gpu
 
-.PHONY: test-package $(NOTEBOOK_TESTS)
+.PHONY: test-package test-checks $(NOTEBOOK_TESTS)
 test-package:
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks" --ignore=$(CHECKS)
+
+test-checks:
+	$(call report,$(CHECKS))
 
 $(NOTEBOOK_TESTS): test-%:
 	$(call report,tests/test_notebooks.py -k $*)

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import bootstrap
 from bundle import folder as reading
 from bundle import make as making
@@ -27,6 +25,7 @@ from bundle.folder import BundleError, read_bundle, this_machine
 from workshop_utils import fetch as fetching
 from workshop_utils.wheel_download import DownloadError
 
+ROOT = Path(__file__).resolve().parents[1]
 LINUX_TAG, MAC_TAG = "manylinux_2_28_x86_64", "macosx_14_0_arm64"
 LOCK = """\
 alpha==1.0

@@ -19,11 +19,12 @@ STEPS = TEXT[TEXT.index("## Add a notebook") : TEXT.index("## How a source is wr
 @pytest.fixture
 def scratch(tmp_path):
     """A copy of what git would hold, without built notebooks."""
-    for folder in ("workshop_utils", "tests", "notebooks"):
+    for folder in ("workshop_utils", "tests", "notebooks", "bundle"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb")
         )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("pyproject.toml", "bootstrap.py"):
+        shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
