@@ -57,7 +57,7 @@ test: setup lint  ## every check, notebooks and browser included (about 30 minut
 
 test-fast: setup lint  ## the checks that run no notebook and no browser (less than half the time of make test)
 	@$(PYTEST) -m "alone and not browser and not slow"
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not slow"
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not gpu and not slow"
 
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
 	$(call report,tests/browser)
@@ -71,7 +71,7 @@ test-gpu:  ## what needs a GPU, with .venv or your own torch: make test-gpu PYTH
 
 .PHONY: test-package test-checks $(NOTEBOOK_TESTS)
 test-package:
-	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks" --ignore=$(CHECKS)
+	@OMP_NUM_THREADS=1 $(PYTEST) -m "not alone and not notebooks and not gpu" --ignore=$(CHECKS)
 
 test-checks:
 	$(call report,$(CHECKS))

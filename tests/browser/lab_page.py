@@ -7,6 +7,14 @@ from pathlib import Path
 SHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
 
 
+IDLE = ".jp-NotebookPanel-toolbar [data-status='idle']"
+FORGOTTEN_S = 20  # an idle kernel and a cell without a star for as long: nobody will run it
+
+
+class NotRun(AssertionError):
+    """A cell was never run: an earlier one failed, or the page lost it."""
+
+
 class LabPage:
     """One notebook, open in JupyterLab. `close` shuts its kernel down, too."""
 
@@ -16,7 +24,7 @@ class LabPage:
         self.page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
         self.page.goto(f"{base}/lab/tree/{notebook}?{token}&reset")
         self.page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
-        self.page.wait_for_selector(".jp-NotebookPanel-toolbar [data-status='idle']", timeout=90_000)
+        self.page.wait_for_selector(IDLE, timeout=90_000)
         self.cells = self.page.locator(".jp-Notebook .jp-CodeCell")
         seen = 0  # cells are added to the page bit by bit
         while seen < self.cells.count():
@@ -79,8 +87,13 @@ class LabPage:
     def wait(self, i: int, timeout_s: float, before: str = "") -> None:
         """Until the cell's prompt shows a number again, instead of a star: another one than `before`."""
         prompt = self.cells.nth(i).locator(".jp-InputPrompt")
-        end = time.monotonic() + timeout_s
+        end, forgotten = time.monotonic() + timeout_s, time.monotonic() + FORGOTTEN_S
         while (shown := prompt.text_content()) == before or not re.search(r"\d", shown):
+            if "*" in shown or not self.page.locator(IDLE).count():
+                forgotten = time.monotonic() + FORGOTTEN_S
+            if time.monotonic() > forgotten:
+                self.shot("stuck")
+                raise NotRun(f"cell {i} was not run. Errors: {self.errors()}")
             if time.monotonic() > end:
                 self.shot("stuck")
                 raise AssertionError(f"cell {i} still runs after {timeout_s} s: {self.source(i)}")
@@ -115,7 +128,14 @@ class LabPage:
 
     def run_all(self, timeout_s: float) -> None:
         self.menu("Run", "Run All Cells")
-        self.wait_for_last(timeout_s)
+        try:
+            self.wait_for_last(timeout_s)
+        except NotRun:  # a busy machine: the page lost its kernel for a moment, and with it what was to run
+            if self.errors():
+                raise
+            print(f"{self.stem}: Run All was lost and is asked for again")
+            self.menu("Run", "Run All Cells")
+            self.wait_for_last(timeout_s)
 
     def restart_and_run_all(self, timeout_s: float) -> None:
         """Kernel, Restart Kernel and Run All Cells, and yes."""
@@ -129,7 +149,7 @@ class LabPage:
     def wait_for_last(self, timeout_s: float, before: str = "") -> None:
         """Until the last cell has run and all output has come: the number and the output come by two channels."""
         self.wait(self.cells.count() - 1, timeout_s, before)
-        self.page.wait_for_selector(".jp-NotebookPanel-toolbar [data-status='idle']", timeout=30_000)
+        self.page.wait_for_selector(IDLE, timeout=30_000)
         self.page.wait_for_timeout(1000)
 
     def theme(self, name: str) -> None:

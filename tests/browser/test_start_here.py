@@ -81,8 +81,14 @@ def test_the_stop_button_frees_a_deadlock(start_here):
     start_here.shot("00-live", i)
     start_here.page.click("[data-command='notebook:interrupt-kernel'], jp-button[title^='Interrupt']")
     start_here.wait(i, timeout_s=30, before=before)
-    assert "all ranks were stopped" in start_here.output(i)
+    told = start_here.output(i)
+    assert "all ranks were stopped" in told
     start_here.shot("00-interrupted", i)
+    if (
+        "had to be killed" in told
+    ):  # a busy machine: a rank had no time to answer. The message says what to do
+        start_here.replace(i, "ranks.restart()")
+        start_here.run(i)
     start_here.replace(i, "%%ranks\nx = torch.ones(1)\ndist.all_reduce(x)\nx")
     assert "tensor([4.])" in start_here.run(i)
 
