@@ -454,13 +454,15 @@ def beside_one_process(make, steps):
     (one, tokenizer), (sharded, _) = make(), make()
     shard_(sharded)
     frozen = [p for p in sharded.parameters() if not p.requires_grad]
-    before = [p.to_local().clone() for p in frozen]
+    before = [
+        p.to_local().clone().view(torch.uint8) for p in frozen
+    ]  # bytes: as numbers NaN differs from NaN
     batches = list(training_batches(steps, BATCH_SIZE, tokenizer, seed=0))
     alone, together = train(one, batches, [0, 1]), train(sharded, batches, [dist.get_rank()])
     for loss in together:
         dist.all_reduce(loss)
     sharded.reshard()
-    changed = sum((p.to_local() != old).sum().item() for p, old in zip(frozen, before))
+    changed = sum((p.to_local().view(torch.uint8) != old).sum().item() for p, old in zip(frozen, before))
     return torch.stack(alone), torch.stack(together), changed, sum(old.nbytes for old in before)
 
 
