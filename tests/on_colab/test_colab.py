@@ -71,9 +71,11 @@ def versions() -> dict:
 @pytest.mark.parametrize("stem", STEMS)
 def test_learner_version_loads_its_wheel(stem, notebooks, run_there, tmp_path):
     notebook = nbformat.read(notebooks / f"{stem}.ipynb", as_version=4)
-    imports = next(i for i, cell in enumerate(notebook.cells) if "from workshop_utils import" in cell.source)
-    where = nbformat.v4.new_code_cell("import workshop_utils; workshop_utils.__file__", id="where")
-    notebook.cells = [*notebook.cells[: imports + 1], where]
+    assert any("from workshop_utils import check" in cell.source for cell in notebook.cells[2:6])
+    where = (
+        "from workshop_utils import check, mine, start_ranks\nimport workshop_utils; workshop_utils.__file__"
+    )
+    notebook.cells = [*notebook.cells[:2], nbformat.v4.new_code_cell(where, id="where")]
     start = tmp_path / "start.ipynb"
     nbformat.write(notebook, start)
     done = run_there(start)
