@@ -62,7 +62,7 @@ test-fast: setup lint  ## the checks that run no notebook and no browser (less t
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
 	$(call report,tests/browser)
 
-test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about ten minutes)
+test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about 12 minutes)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/on_colab
 
 # Its own conftest.py alone, and no set-up: a machine with a GPU has torch, transformers and pytest, and perhaps no network.
