@@ -114,7 +114,7 @@ def set_up():
         print("This is not Colab: the workshop_utils that is installed here is used.")
         return
     with tempfile.TemporaryDirectory() as folder:
-        was_there, added = wheel_is_installed(digest), []
+        was_there = wheel_is_installed(digest)
         if not was_there:
             if "workshop_utils" in sys.modules:
                 print(

@@ -61,6 +61,13 @@ def test_badges_and_links_lead_to_notebooks_that_are_there(built):
         assert not re.search(r"\]\(\d\d_\w+\.ipynb", text)
 
 
+def test_the_two_with_the_language_model_fetch_it(built):
+    fetching = [
+        path for path, notebook in built.items() if "workshop_utils fetch" in notebook.cells[2].source
+    ]
+    assert [path.rpartition("/")[2][:2] for path in fetching] == ["07", "08", "07", "08"]
+
+
 def test_without_an_address_links_become_text():
     title = nbformat.v4.new_markdown_cell(
         "# T, after [notebook 00](00_start_here.ipynb) and [this](https://a.org)"
