@@ -1,12 +1,27 @@
 """Fixtures shared by all tests."""
 
+import faulthandler
+import gc
 import itertools
 import sys
 
 import pytest
+import zmq
 
 from workshop_utils import train
 from workshop_utils.ranks import driver
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_open_socket():
+    """Every test closes its kernels' sockets.
+
+    The garbage collector may end a zmq context before it closes that context's sockets, and then waits for ever: also
+    after the last test, where no time limit ends it.
+    """
+    yield
+    left = [thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Socket) and not thing.closed]
+    assert not left, f"a test left sockets open: {left}"
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +64,11 @@ def train_here(monkeypatch, capsys):
         return ended.value.code, said.out + said.err
 
     return run
+
+
+def pytest_sessionfinish():
+    """Should the process not end after its last line, show where it stands, and end it."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 def pytest_terminal_summary(terminalreporter):

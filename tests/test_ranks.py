@@ -14,6 +14,7 @@ import torch
 
 from workshop_utils.ranks import RankError, driver
 from workshop_utils.ranks.driver import Ranks, start_ranks
+from workshop_utils.ranks.kernel import RankKernel
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
 
@@ -291,3 +292,19 @@ def test_eight_ranks_on_whatever_cores_there_are():
     with Ranks(8, timeout_s=20.0, threads_per_rank=1) as eight:
         assert eight.run(all_reduce_of_rank) == [(rank, 28.0) for rank in range(8)]
         eight.run_cell("pass")
+
+
+def test_ranks_that_started_end_where_a_later_one_cannot(monkeypatch):
+    """No process and no open socket is left of those that did start (sockets: see conftest.py)."""
+    started = []
+
+    def two_and_no_more(rank, *settings):
+        if rank == 2:
+            raise OSError("no memory")
+        started.append(RankKernel(rank, *settings))
+        return started[-1]
+
+    monkeypatch.setattr(driver, "RankKernel", two_and_no_more)
+    with pytest.raises(OSError, match="no memory"):
+        Ranks(3, timeout_s=2.0, threads_per_rank=1)
+    assert len(started) == 2 and not any(psutil.pid_exists(kernel.pid) for kernel in started)

@@ -68,8 +68,9 @@ class Notebook:
 
     def stop(self):
         self.client.stop_channels()
-        if self.manager.is_alive():
-            self.manager.shutdown_kernel(now=True)
+        self.manager.shutdown_kernel(
+            now=True
+        )  # also for a kernel that is dead: it closes the manager's socket
 
 
 def errors(outputs) -> list[str]:

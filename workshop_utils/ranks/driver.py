@@ -99,7 +99,13 @@ class Ranks:
     def _start(self, which) -> None:
         """Start the ranks `which` at the same time, then let all ranks form a group."""
         self._live = Live()
-        started = [self._new_kernel(rank) for rank in which]
+        started = []
+        try:
+            for rank in which:
+                started.append(self._new_kernel(rank))
+        except BaseException:
+            _end_all(started)
+            raise
         survivors = [kernel for kernel in self.kernels if kernel.rank not in which]
         self.kernels = sorted(survivors + started, key=lambda kernel: kernel.rank)
         self._wait_until_ready(started)
