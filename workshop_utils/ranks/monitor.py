@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch._C._distributed_c10d import Work
@@ -96,7 +97,7 @@ class Monitor(threading.Thread):
         frames = _current_frames()
         frame = at_work = frames.get(self.main)
         if frame is not None and frame.f_code.co_name == "wait_for_thread":  # background.py
-            at_work = frames.get(frame.f_locals["thread"].ident)
+            at_work = frames.get(_local_variables(frame)["thread"].ident)
         return frame, at_work
 
     def where(self) -> dict:
@@ -130,19 +131,36 @@ class Monitor(threading.Thread):
         threading.Thread(target=follow, daemon=True).start()
 
 
-def _current_frames() -> dict:
-    """sys._current_frames() without a garbage collection inside, which can hang the process for good.
+@contextmanager
+def _no_collection():
+    """No garbage collection while another thread's frames are looked at. Before Python 3.12 any allocation may begin one.
 
-    The call holds a lock that every thread needs to begin and to end; freeing a tensor meanwhile hands the
-    interpreter to such a thread (Python issue 106883, fixed in later releases).
+    Freeing a tensor then hands the interpreter to other threads in the middle of the look: sys._current_frames()
+    holds a lock that they need, and the process hangs for good (Python issue 106883); the frame that f_back or f_locals
+    reads may have returned, and the process crashes.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return sys._current_frames()
+        yield
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _current_frames() -> dict:
+    with _no_collection():
+        return sys._current_frames()
+
+
+def _caller(frame):
+    with _no_collection():
+        return frame.f_back
+
+
+def _local_variables(frame) -> dict:
+    with _no_collection():
+        return frame.f_locals
 
 
 def _give_waits_a_frame() -> None:
@@ -170,7 +188,7 @@ def _reader_line(innermost) -> dict:
         name, file = frame.f_code.co_name, frame.f_code.co_filename
         if "distributed" in file and name != "wrapper":
             call, peer = name, _peer(frame) or peer
-        frame = frame.f_back
+        frame = _caller(frame)
     call = call or ("backward" if "autograd" in innermost.f_code.co_filename else "wait")
     if frame is None:
         return {"call": call, "peer": peer}
@@ -199,7 +217,7 @@ def _is_machinery(file: str) -> bool:
 def _writes_a_traceback(frame) -> bool:
     """Is IPython at it? Then the cell has failed already, and where the rank is says nothing about the reader's code."""
     while frame is not None and frame.f_code.co_name != "showtraceback":
-        frame = frame.f_back
+        frame = _caller(frame)
     return frame is not None
 
 
@@ -209,5 +227,5 @@ def _peer(frame) -> str:
     words = {"src": "from", "dst": "to", "group_src": "from", "group_dst": "to"}
     if not words.keys() & set(frame.f_code.co_varnames):
         return ""
-    values = frame.f_locals
+    values = _local_variables(frame)
     return next((f"{w} rank {values[k]}" for k, w in words.items() if isinstance(values.get(k), int)), "")
