@@ -679,9 +679,8 @@ sent_S, budgets_S = {}, dict(zip(algorithms, (3, 2, 1.5, 1.5)))
 for name, all_reduce_ in algorithms.items():
     sent_S[name] = [num_bytes / 8e6 for num_bytes in ranks.run(bytes_sent, all_reduce_)]
     assert max(sent_S[name]) <= budgets_S[name]
-    print(
-        f"{name:17} right in {ranks.run(count_right, all_reduce_)[0]} of {12 * len(ranks)}, S sent: {sent_S[name]}"
-    )
+    right = ranks.run(count_right, all_reduce_)[0]
+    print(f"{name:17} right in {right} of {12 * len(ranks)}, S sent: {sent_S[name]}")
 
 # %% [markdown] tags=["instructor"]
 # **5 min.**

@@ -26,6 +26,8 @@ PROFILE = (
 )
 
 # %%
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -486,7 +488,6 @@ assert apart == 0 and off < 1e-10
 # **Predict.** The step without overlap, divided by the step with it?
 
 # %%
-import contextlib
 import copy
 import os
 import statistics
@@ -920,9 +921,8 @@ def train_with_accelerate(images, labels):
     torch.manual_seed(accelerator.process_index)
     model, losses = MLP(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(images, labels), batch_size=B // dist.get_world_size()
-    )
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=B // dist.get_world_size())
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for x, y in loader:
         optimizer.zero_grad()
