@@ -122,3 +122,12 @@ def test_sections_are_the_headings_that_the_reader_sees():
         cells = nbformat.read(ROOT / f"notebooks/{stem}.ipynb", as_version=4).cells
         lines = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown").split("\n")
         assert entry["sections"] == [line[3:].strip() for line in lines if line.startswith("## ")]
+
+
+def test_on_colab_there_are_as_many_ranks_as_its_set_up_cell_says(shell):
+    shell.user_ns["WORLD_SIZE"] = 2
+    catchup.catch_up("02.1")
+    try:
+        assert len(current_ranks()) == 2
+    finally:
+        current_ranks().stop()

@@ -23,7 +23,7 @@ def guess(question: str, value) -> None:
 
 
 def compare_guess(question: str, measured, unit: str = "") -> None:
-    """Show the reader's guess beside what was measured; numbers are drawn as two bars."""
+    """Show the reader's guess beside what came out; numbers are drawn as two bars."""
     kept = progress_file.read()["guesses"].get(question, {}).get("value")
     measured = measured.item() if hasattr(measured, "item") else measured
     text = f"measured: {_figure(measured)} {unit}".rstrip()

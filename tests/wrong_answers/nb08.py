@@ -171,6 +171,12 @@ def a_call_per_half(codes, param_dtype, all_gather):
     return parts(high, codes) << 4 | parts(low, codes)
 
 
+def two_ranks_for_ever(codes, param_dtype, all_gather):
+    filled = padded(codes, param_dtype.itemsize)
+    gathered = all_gather(filled.view(param_dtype)).view(torch.uint8)
+    return gathered.view(2, -1)[:, : len(codes)].reshape(-1)
+
+
 def returns_floats(codes, param_dtype, all_gather):
     return all_gather(padded(codes, param_dtype.itemsize).view(param_dtype))
 
@@ -275,6 +281,7 @@ WRONG = {
         (gathers_its_own_only, r"this rank's own codes 2 times"),
         (does_not_gather, r"you called all_gather 0 times, expected once"),
         (a_call_per_half, r"you called all_gather 2 times, expected once"),
+        (two_ranks_for_ever, r"world of 1|world size 1|on each of 1 rank"),
         (returns_floats, r"you returned bfloat16, expected a uint8 tensor"),
     ],
     "8.3": [
