@@ -68,9 +68,8 @@ class Notebook:
 
     def stop(self):
         self.client.stop_channels()
-        self.manager.shutdown_kernel(
-            now=True
-        )  # also for a kernel that is dead: it closes the manager's socket
+        # Also where the kernel is dead: this closes the manager's socket.
+        self.manager.shutdown_kernel(now=True)
 
 
 def errors(outputs) -> list[str]:
