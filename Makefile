@@ -62,12 +62,22 @@ test-fast: setup lint  ## the checks that run no notebook and no browser (less t
 test-browser: setup  ## JupyterLab in a real browser: every learner notebook, every widget (part of make test)
 	$(call report,tests/browser)
 
-test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about 12 minutes)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests/on_colab
+# Two parts side by side, of about the same length. Each has a Python of its own: every notebook installs into it.
+test-colab: setup  ## the Colab notebooks in a Python like Colab's, in an empty folder (about 9 minutes)
+	@$(MAKE) --no-print-directory --keep-going -o setup -j2 test-colab-some test-colab-others
 
 # Its own conftest.py alone, and no set-up: a machine with a GPU has torch, transformers and pytest, and perhaps no network.
 test-gpu:  ## what needs a GPU, with .venv or your own torch: make test-gpu PYTHON=python3
 	@$(firstword $(PYTHON) $(wildcard $(PY)) python3) -m pytest tests/gpu --confcutdir=tests/gpu -m gpu
+
+SOME_ON_COLAB := 01_ or 04_ or 05_ or 06_ or 07_
+.PHONY: test-colab-some test-colab-others
+test-colab-some test-colab-others: export COLAB_ENV = $@
+test-colab-some:
+	$(call report,tests/on_colab -k "$(SOME_ON_COLAB)")
+
+test-colab-others:
+	$(call report,tests/on_colab -k "not ($(SOME_ON_COLAB))")
 
 .PHONY: test-package test-checks $(NOTEBOOK_TESTS)
 test-package:

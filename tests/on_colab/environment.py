@@ -1,4 +1,4 @@
-"""A Python like Colab's, in build/colab-env: its versions (requirements.txt), and a stand-in for its module google.colab."""
+"""A Python like Colab's, in a folder of build/: its versions (requirements.txt), and a stand-in for its module google.colab."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ import bootstrap
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements.txt"
-FOLDER = bootstrap.ROOT / "build" / "colab-env"
+FOLDER = bootstrap.ROOT / "build" / os.environ.get("COLAB_ENV", "colab-env")
 PYTHON = FOLDER / "bin" / "python"
 STAMP = FOLDER / "made-from"
 UV = [sys.executable, "-m", "uv"]
