@@ -4,6 +4,7 @@ Time limits catch a hang; they are far above what was seen on an idle machine, b
 """
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -276,6 +277,23 @@ def test_stop_leaves_no_process_and_no_file(monkeypatch):
     assert driver.current_ranks() is None
     with pytest.raises(RankError, match="start_ranks"):
         two.run_cell("pass")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "dist.send(x, dst=rank + 1)",
+        "dist.recv(x, src=rank - 1)",
+        "dist.isend(x, rank + 1).wait()",
+        "dist.irecv(x, rank - 1).wait()",
+        "[work.wait() for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, x, rank + 1)])]",
+    ],
+)
+def test_a_rank_that_is_not_there_is_named_and_no_rank_is_lost(ranks, call):
+    """Without the modulo. gloo alone waits for good, or crashes."""
+    error = fails(ranks, call)
+    assert re.search(r"there is no rank (4|-1): the ranks are 0 to 3", str(error))
+    assert not any(kernel.lost for kernel in ranks.kernels)
 
 
 def test_a_rank_that_cannot_start_says_why(monkeypatch, tmp_path):

@@ -26,6 +26,25 @@ def join_group(store_path: str, rank: int, world_size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
 
 
+def refuse_ranks_that_are_not_there() -> None:
+    """Make a send to, or a receive from, a rank outside the group a ValueError in this process.
+
+    gloo looks that rank up past the end of its table: it waits where no interrupt ends it, or crashes. And the reader who
+    forgets `% world_size` would lose the rank's variables.
+    """
+    for name in ("send", "recv"):
+        setattr(dist.ProcessGroup, name, _with_peer_checked(getattr(dist.ProcessGroup, name)))
+
+
+def _with_peer_checked(send_or_recv):
+    def checked(group, tensors, peer, *rest):
+        if not 0 <= peer < group.size():
+            raise ValueError(f"there is no rank {peer}: the ranks are 0 to {group.size() - 1}")
+        return send_or_recv(group, tensors, peer, *rest)
+
+    return checked
+
+
 def let_go_of_the_group() -> None:
     """Close this rank's connections, so that whoever waits in a collective gets an error at once.
 

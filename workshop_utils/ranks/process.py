@@ -32,6 +32,7 @@ class RankProcess:
         self.rank, self.world_size = rank, world_size
         self.monitor = Monitor(socket.socket(fileno=fd), connection_file.parent.parent)
         self.monitor.start()
+        group.refuse_ranks_that_are_not_there()
         self.app = IPKernelApp.instance()
         # Several ranks must not write into one history database; what C++ says before it aborts must reach the
         # log, which a pipe that this very process reads would not allow; and what a machine adds to every kernel
