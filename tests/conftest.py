@@ -20,15 +20,10 @@ def _no_open_socket():
     after the last test, where no time limit ends it.
     """
     yield
-    channels = (
-        zmq.DEALER,
-        zmq.SUB,
-        zmq.REQ,
-    )  # what leads to a kernel; papermill has a pair of pipes of its own
-    sockets = [
-        thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Socket) and not thing.closed
-    ]
-    left = [socket for socket in sockets if socket.socket_type in channels]
+    # what leads to a kernel; papermill has a pair of pipes of its own
+    channels = {zmq.DEALER, zmq.SUB, zmq.REQ}
+    sockets = [thing for thing in gc.get_objects() if issubclass(type(thing), zmq.Socket)]
+    left = [socket for socket in sockets if not socket.closed and socket.socket_type in channels]
     assert not left, f"a test left sockets open: {left}"
 
 
